@@ -1,0 +1,1 @@
+"""The toolbox beside the GlimpsePrune models: commands, training, data and evaluation."""

@@ -1,0 +1,46 @@
+"""The command line `glimpseprune`: one module a command, imported when it is called."""
+
+import argparse
+import importlib
+import logging
+import sys
+
+COMMANDS = {
+    "ask": "answer a question about an image and show which visual tokens were kept",
+    "evaluate": "measure accuracy and retention over a data set",
+    "make-pages": "write pages of the tiny world with questions and evidence boxes",
+    "train-base": "train the tiny base model from nothing",
+    "train-stage1": "train the glimpse token and the visual importance predictor",
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser with all commands listed and the arguments of the chosen one."""
+    parser = argparse.ArgumentParser(prog="glimpseprune", description=__doc__.split(":")[0])
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == command:
+            _module(name).add_arguments(subparser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; mistakes of the caller end in a sentence, not in a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    chosen = next((argument for argument in argv if argument in COMMANDS), None)
+    arguments = build_parser(chosen).parse_args(argv)
+    try:
+        return _module(arguments.command).run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"glimpseprune {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _module(command: str):
+    return importlib.import_module(f"glimpseprune.commands.{command.replace('-', '_')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

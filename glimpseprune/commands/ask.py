@@ -1,0 +1,73 @@
+"""`glimpseprune ask`: answer a question about an image, prune on the way, draw what was kept."""
+
+import argparse
+from pathlib import Path
+
+SAMPLE_QUESTION = "What is the value of KQ?"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
+    parser.add_argument("--image", type=Path, help="image file (default: a page of the tiny world)")
+    parser.add_argument("--question", default=SAMPLE_QUESTION)
+    parser.add_argument("--no-prune", action="store_true", help="answer with all visual tokens")
+    parser.add_argument("--prune-threshold", type=float)
+    parser.add_argument("--max-keep-ratio", type=float)
+    parser.add_argument("--min-keep-tokens", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--output", type=Path, default=Path("glimpse.png"), help="picture to write")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..loading import SAMPLE_PAGE, TINY_MODEL, load_model, prepare
+
+    image = open_image(arguments.image or SAMPLE_PAGE)
+    model, processor = load_model(arguments.model or TINY_MODEL)
+    inputs = prepare(processor, [image], [arguments.question]).to(model.device)
+    names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens")
+    settings = {name: getattr(arguments, name) for name in names}
+    generated = model.generate(
+        **inputs,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        prune=not arguments.no_prune,
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+    completion = generated.sequences[:, inputs["input_ids"].shape[1] :]
+    print(f"answer: {processor.batch_decode(completion, skip_special_tokens=True)[0].strip()}")
+    if arguments.no_prune:
+        total = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        print(f"visual tokens: all {total} kept")
+        return 0
+    record = generated.past_key_values.glimpse
+    print(f"visual tokens: kept {record.kept} of {record.total} ({record.retention:.1%})")
+    draw(image, record.visuals[0], arguments.output)
+    print(f"picture: {arguments.output}")
+    return 0
+
+
+def open_image(path: Path):
+    """Open an image file.
+
+    Raises:
+        ValueError: when there is no such file or it cannot be read as an image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"no such image: {path}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read {path} as an image: {error}") from error
+
+
+def draw(image, visual, output: Path) -> None:
+    """Write the picture of one image's glimpse."""
+    from ..visualisation import draw_glimpse
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture = draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
+    picture.save(output)

@@ -1,0 +1,51 @@
+"""Loading a GlimpsePrune repository as its users do, and the defaults the repository carries."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY_MODEL = REPOSITORY / "hub_configs" / "tiny"
+SAMPLE_PAGE = TINY_MODEL / "page.png"
+
+
+def load_model(
+    path: str | Path, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load model and processor with the automatic classes of the installed transformers.
+
+    Args:
+        path: a folder or a Hub repository.
+        device: where to put the model; default: a GPU if there is one.
+        dtype: as `from_pretrained` takes it. On a CPU, "auto" means float32.
+
+    Raises:
+        OSError: when there is no such model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto" and device == "cpu":
+        dtype = torch.float32
+    transformers_5 = int(transformers.__version__.split(".")[0]) >= 5
+    name = "AutoModelForImageTextToText" if transformers_5 else "AutoModelForVision2Seq"
+    model_class = getattr(transformers, name)
+    model = model_class.from_pretrained(str(path), trust_remote_code=True, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)
+    processor.tokenizer.padding_side = "left"
+    return model.to(device).eval(), processor
+
+
+def chat(question: str) -> list[dict]:
+    """One user message with an image and a question, for `apply_chat_template`."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def prepare(processor: ProcessorMixin, images: list, questions: list[str]) -> dict:
+    """Model inputs of one image and one question a row, left-padded."""
+    texts = [
+        processor.apply_chat_template(chat(question), add_generation_prompt=True, tokenize=False)
+        for question in questions
+    ]
+    return processor(images=images, text=texts, padding=True, return_tensors="pt")

@@ -1,0 +1,92 @@
+"""The glimpse: the learned token that looks, and the predictor that reads what it looked at.
+
+These are the only weights GlimpsePrune adds to its base (paper, sections 3.1 and 3.2).
+"""
+
+import torch
+from torch import nn
+
+from .importance_predictor import RMSNorm, TokenGroup, VisualImportancePredictor
+
+
+class GlimpseToken(nn.Module):
+    """Learned embeddings appended to the prompt; vector of layer i = norm(projection(embedding i)).
+
+    Each listed decoder layer has embeddings of its own. In layer 0 they are the token's input; in
+    later listed layers they are added to its hidden state before the layer runs.
+
+    Args:
+        config: a GlimpsePrune configuration with `num_glimpse_tokens` > 0.
+        hidden_size: width of the decoder.
+        norm_eps: epsilon of the norm; official checkpoints use the base's `rms_norm_eps`.
+    """
+
+    def __init__(self, config, hidden_size: int, norm_eps: float):
+        super().__init__()
+        self.layers = list(config.glimpse_embedding_layers)
+        shape = (len(self.layers), config.num_glimpse_tokens, hidden_size)
+        self.embeddings = nn.Parameter(torch.empty(shape))
+        self.projection = nn.Linear(hidden_size, hidden_size)
+        norm_class = RMSNorm if config.glimpse_norm == "rms_norm" else nn.LayerNorm
+        self.norm = norm_class(hidden_size, eps=norm_eps)
+        self.dropout = nn.Dropout(config.glimpse_dropout)
+
+    def forward(self, layer: int) -> torch.Tensor | None:
+        """Glimpse vectors of a decoder layer.
+
+        Returns:
+            `(num_glimpse_tokens, hidden_size)`, or None when the layer has no embedding.
+        """
+        if layer not in self.layers:
+            return None
+        embedding = self.embeddings[self.layers.index(layer)]
+        return self.dropout(self.norm(self.projection(embedding)))
+
+
+class Glimpse(nn.Module):
+    """Glimpse token, visual importance predictor, and whether they were trained.
+
+    `trained` is saved with the weights, so a checkpoint that lacks any of them is known for it.
+
+    Args:
+        config: a GlimpsePrune configuration.
+        vision_size: width of the tapped vision features.
+    """
+
+    def __init__(self, config, vision_size: int):
+        super().__init__()
+        text_config = config.get_text_config()
+        self.attention_layers = list(config.attention_layers)
+        self.log_probabilities = config.attention_scores == "log_probabilities"
+        self.token = None
+        if config.num_glimpse_tokens:
+            self.token = GlimpseToken(config, text_config.hidden_size, text_config.rms_norm_eps)
+        self.predictor = VisualImportancePredictor(
+            config, text_config.num_attention_heads, vision_size
+        )
+        self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
+
+    def read_attention(self, logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Turn one layer's scaled products into the predictor's input.
+
+        Args:
+            logits: `(batch, heads, keys)`.
+            valid: `(batch, keys)` bool, False at padding.
+
+        Returns:
+            `(batch, heads, keys)`, the logits themselves or their log-softmax over valid keys.
+        """
+        if not self.log_probabilities:
+            return logits
+        masked = logits.float().masked_fill(~valid[:, None, :], float("-inf"))
+        return masked.log_softmax(-1).to(logits.dtype)
+
+    def forward(
+        self,
+        attention: torch.Tensor,
+        vision_features: list[torch.Tensor],
+        coordinates: torch.Tensor,
+        groups: list[TokenGroup],
+    ) -> torch.Tensor:
+        """Importance logits `(N,)`; arguments as for `VisualImportancePredictor`."""
+        return self.predictor(attention, vision_features, coordinates, groups)

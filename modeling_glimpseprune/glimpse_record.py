@@ -1,0 +1,92 @@
+"""What a glimpse saw: importance and keep mask of every visual token of a batch."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class VisualRecord:
+    """One image or video of the prompt.
+
+    Attributes:
+        kind: `"image"` or `"video"`.
+        row: row of the batch it belongs to.
+        importance: `(n,)` logits in prompt order, or None when the caller gave the keep mask.
+        keep_mask: `(n,)` bool, True where kept.
+        grid: its visual tokens as `(frames, height, width)`.
+    """
+
+    kind: str
+    row: int
+    importance: torch.Tensor | None
+    keep_mask: torch.Tensor
+    grid: tuple[int, int, int]
+
+    @property
+    def kept(self) -> int:
+        return int(self.keep_mask.sum())
+
+    @property
+    def total(self) -> int:
+        return self.keep_mask.numel()
+
+    @property
+    def retention(self) -> float:
+        return self.kept / self.total
+
+
+@dataclass
+class GlimpseRecord:
+    """Scores and masks of all visual tokens of a batch, in prompt order, row after row.
+
+    Only reading `kept`, `retention` or `visuals` waits for the device.
+
+    Attributes:
+        importance: `(N,)` logits, or None when the caller gave the keep mask. Differentiable in a
+            training forward.
+        keep_mask: `(N,)` bool, True where kept.
+        rows: `(N,)` row of the batch of each token.
+        geometry: `(N, 6)` frame, row and column of each token, then its image's frames, height and
+            width, all in tokens.
+        kinds: `"image"` or `"video"`, one an item.
+        sizes: tokens of each item.
+    """
+
+    importance: torch.Tensor | None
+    keep_mask: torch.Tensor
+    rows: torch.Tensor
+    geometry: torch.Tensor
+    kinds: list[str]
+    sizes: list[int]
+
+    @property
+    def kept(self) -> int:
+        return int(self.keep_mask.sum())
+
+    @property
+    def total(self) -> int:
+        return self.keep_mask.numel()
+
+    @property
+    def retention(self) -> float:
+        return self.kept / self.total
+
+    @property
+    def visuals(self) -> list[VisualRecord]:
+        """The images and videos, one record each, in prompt order."""
+        importance = [None] * len(self.sizes)
+        if self.importance is not None:
+            importance = self.importance.split(self.sizes)
+        keep_masks = self.keep_mask.split(self.sizes)
+        rows, geometry = self.rows.split(self.sizes), self.geometry.split(self.sizes)
+        return [
+            VisualRecord(
+                kind=kind,
+                row=int(rows[i][0]),
+                importance=importance[i],
+                keep_mask=keep_masks[i],
+                grid=tuple(geometry[i][0, 3:].tolist()),
+            )
+            for i, kind in enumerate(self.kinds)
+        ]

@@ -1,0 +1,165 @@
+"""A cache layer that is compact inside and logical outside.
+
+After pruning, a layer holds keys and values of kept tokens only, but everything that counts positions
+from the cache (new positions, slicing of ids on a later turn, cropping in assisted decoding) must go
+on seeing the prompt's full length. So the layer reports the logical length, and tells the mask
+functions its physical length and the difference as an offset, as transformers' own sliding-window
+layer does.
+"""
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+class PrunedLayer(DynamicLayer):
+    """A `DynamicLayer` from which prompt tokens were dropped.
+
+    Rows of a batch keep different numbers of tokens; they are packed to the right, and
+    `prompt_mask` remembers which of the first slots are real.
+
+    Attributes:
+        keys, values: `(batch, heads, physical_length, head_dim)`.
+        dropped: logical length minus physical length.
+        prompt_slots: physical slots that the pruned prompt takes.
+        prompt_mask: `(batch, prompt_slots)` bool, True at real tokens, or None when all are.
+        position_delta: `(batch, 1)`, the next token's rotary position minus the logical length, or
+            None before the first pruning.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._forget_pruning()
+
+    def _forget_pruning(self) -> None:
+        self.dropped = 0
+        self.prompt_slots = 0
+        self.prompt_mask: torch.Tensor | None = None
+        self.position_delta: torch.Tensor | None = None
+
+    @property
+    def physical_length(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        """The logical length, pruned tokens counted."""
+        return self.physical_length + self.dropped
+
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:
+        """`(physical length with the new tokens, offset of the first slot)`.
+
+        Args:
+            query: number of new tokens (transformers 5), or their positions (transformers 4).
+        """
+        query_length = query if isinstance(query, int) else query.shape[0]
+        return self.physical_length + query_length, self.dropped
+
+    def crop(self, length: int) -> None:
+        """Remove tokens from the end.
+
+        Args:
+            length: minus the number of tokens to remove, or the logical length to keep.
+
+        Raises:
+            ValueError: when the cut would reach into the pruned prompt.
+        """
+        remove = -length if length <= 0 else self.get_seq_length() - length
+        if remove <= 0:
+            return
+        kept = self.physical_length - remove
+        if kept < self.prompt_slots:
+            raise ValueError(
+                f"cannot remove {remove} tokens: the cut would reach into the pruned prompt, whose "
+                "dropped tokens are gone; keep the prompt or start again without the cache"
+            )
+        self.keys = self.keys[..., :kept, :]
+        self.values = self.values[..., :kept, :]
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget_pruning()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices, ...])
+
+    def _map_rows(self, function) -> None:
+        if self.prompt_mask is not None:
+            self.prompt_mask = function(self.prompt_mask)
+        if self.position_delta is not None:
+            self.position_delta = function(self.position_delta)
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Keep only the given slots, freeing the rest.
+
+        Args:
+            index: `(batch, slots)` physical slots in the order to keep them.
+        """
+        index = index[:, None, :, None].to(self.keys.device)
+        self.keys = self.keys.take_along_dim(index, dim=2)
+        self.values = self.values.take_along_dim(index, dim=2)
+
+
+def adopt_layers(cache: DynamicCache, num_layers: int) -> None:
+    """Give a cache `num_layers` layers that can be pruned; what they hold stays.
+
+    Raises:
+        ValueError: when the cache is not a plain `DynamicCache`.
+    """
+    layers = list(cache.layers)
+    layers += [DynamicLayer() for _ in range(num_layers - len(layers))]
+    cache.layers = [_adopt(layer) for layer in layers]
+
+
+def _adopt(layer: DynamicLayer) -> PrunedLayer:
+    if isinstance(layer, PrunedLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise ValueError(
+            f"visual tokens cannot be pruned from a cache of {type(layer).__name__}s: use the "
+            "default DynamicCache, or prune=False"
+        )
+    pruned = PrunedLayer()
+    pruned.__dict__.update(layer.__dict__)
+    return pruned
+
+
+def pruned_layer(cache: object) -> PrunedLayer | None:
+    """The first layer of a cache from which tokens were dropped; None for any other cache."""
+    if not isinstance(cache, DynamicCache) or not cache.layers:
+        return None
+    layer = cache.layers[0]
+    return layer if isinstance(layer, PrunedLayer) and layer.prompt_slots else None
+
+
+def slot_mask(
+    layer: PrunedLayer, attention_mask: torch.Tensor | None, num_new_tokens: int
+) -> torch.Tensor | None:
+    """Line a caller's attention mask up with the slots of a pruned layer.
+
+    Args:
+        layer: the cache's first layer.
+        attention_mask: `(batch, logical length + new tokens)`, or None for all ones.
+        num_new_tokens: tokens about to be added.
+
+    Returns:
+        A mask of the same shape whose last `physical length + new tokens` columns belong to the
+        slots and the new tokens; mask functions skip the `dropped` columns before. None for all
+        ones.
+    """
+    if layer.prompt_mask is None:
+        return attention_mask
+    prompt_mask = layer.prompt_mask
+    if attention_mask is None:
+        length = layer.get_seq_length() + num_new_tokens
+        attention_mask = prompt_mask.new_ones(prompt_mask.shape[0], length)
+    skipped = attention_mask.new_zeros(prompt_mask.shape[0], layer.dropped)
+    later = attention_mask[:, layer.dropped + layer.prompt_slots :]
+    return torch.cat([skipped, prompt_mask.to(attention_mask), later], dim=1)

@@ -1,0 +1,538 @@
+"""The split forward: a decoder that takes a glimpse, drops visual tokens and goes on without them.
+
+`PrunedForwardMixin` goes in front of a stock text model. Without a `PruneRequest` it runs the stock
+forward (and lines the attention mask up with a cache that was pruned before). With one it appends
+the glimpse token to the prompt, runs layers 0..K, scores the visual tokens from the glimpse token's
+attention, compacts hidden states, positions and cache between layer K's attention and its MLP, and
+runs the rest. Callers keep seeing the prompt's full length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .glimpse import Glimpse
+from .glimpse_record import GlimpseRecord
+from .pruned_cache import PrunedLayer, adopt_layers, pruned_layer, slot_mask
+from .selection import select_visual_tokens
+from .visual_tokens import VisualTokens
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+@dataclass
+class PruneRequest:
+    """What a prefill is asked to do with its visual tokens.
+
+    Attributes:
+        glimpse: the trained modules.
+        tokens: the batch's visual tokens.
+        glimpse_layer: K, the last layer that sees every token.
+        predictor_window: side of the predictor's attention windows in tokens, or None.
+        anchor_corners: corners whose token is always kept.
+        prune_threshold, max_keep_ratio, min_keep_tokens: see `select_visual_tokens`.
+        visual_keep_mask: `(N,)` bool given by the caller; no glimpse is taken then.
+        prompt_length: tokens before the completion, or None when all are prompt.
+        in_place: keep every token and leave the glimpse token in the sequence, where the
+            completion sees it: the forward of stage 1.
+        only_glimpse: stop after layer K's attention.
+        compact_output: return the hidden states of kept tokens only, packed to the right.
+    """
+
+    glimpse: Glimpse
+    tokens: VisualTokens
+    glimpse_layer: int
+    predictor_window: int | None
+    anchor_corners: list[str]
+    prune_threshold: float
+    max_keep_ratio: float | None
+    min_keep_tokens: int
+    visual_keep_mask: torch.Tensor | None = None
+    prompt_length: int | None = None
+    in_place: bool = False
+    only_glimpse: bool = False
+    compact_output: bool = False
+
+
+@dataclass
+class _Prefill:
+    """A prompt on its way through the layers.
+
+    Attributes:
+        hidden_states: `(batch, length, hidden)`.
+        position_ids: `(..., batch, length)`, the family's rotary positions.
+        mask: `(batch, past slots + length)` bool, True at real tokens, or None for all.
+        past_slots: physical length of the cache before this prefill.
+        past_dropped: tokens dropped from the cache before this prefill.
+        glimpse_slice: where the glimpse tokens stand.
+        next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
+    """
+
+    hidden_states: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor | None
+    past_slots: int
+    past_dropped: int
+    glimpse_slice: slice
+    next_position: torch.Tensor
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """`(batch, length)` bool, True at the prompt's real tokens."""
+        if self.mask is None:
+            return self.hidden_states.new_ones(self.hidden_states.shape[:2], dtype=torch.bool)
+        return self.mask[:, self.past_slots :]
+
+
+class PrunedForwardMixin:
+    """Put in front of a stock text model whose layers follow Llama's names."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        prune_request: PruneRequest | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The stock forward, or with a `prune_request` the split one.
+
+        Raises:
+            ValueError: for what cannot be combined with pruning.
+        """
+        if prune_request is not None:
+            self._check_prunable(attention_mask, kwargs)
+            return self._forward_pruned(
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                self.config.use_cache if use_cache is None else use_cache,
+                prune_request,
+            )
+        layer = pruned_layer(past_key_values)
+        if layer is not None and (attention_mask is None or attention_mask.ndim == 2):
+            new_tokens = input_ids if inputs_embeds is None else inputs_embeds
+            attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def rotary_position_ids(
+        self, position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int
+    ) -> torch.Tensor:
+        """The positions the family's rotary embedding takes, `(..., batch, length)`."""
+        if position_ids is not None:
+            return position_ids
+        batch, length = inputs_embeds.shape[:2]
+        positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
+        return positions.expand(batch, -1)
+
+    def _check_prunable(self, attention_mask: torch.Tensor | None, kwargs: dict) -> None:
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("pruning takes a 2-D attention mask (batch, length); or prune=False")
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise ValueError(
+                "output_attentions and output_hidden_states are not available from a pruned "
+                "prefill, whose layers see sequences of different lengths; use prune=False"
+            )
+        if self.training and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing switches the cache off, which pruning works on: "
+                "disable it, or use prune=False"
+            )
+        if "sliding_attention" in (getattr(self.config, "layer_types", None) or []):
+            raise ValueError("sliding-window layers cannot be pruned; use prune=False")
+
+    def _forward_pruned(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: DynamicCache | None,
+        use_cache: bool,
+        request: PruneRequest,
+    ) -> BaseModelOutputWithPast:
+        cache = DynamicCache() if cache is None else cache
+        adopt_layers(cache, len(self.layers))
+        past_length = cache.get_seq_length()
+        positions = self.rotary_position_ids(position_ids, inputs_embeds, past_length)
+        length = inputs_embeds.shape[1]
+        prompt_length = length if request.prompt_length is None else request.prompt_length
+        if not 0 < prompt_length <= length:
+            raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
+
+        end = length if request.in_place else prompt_length
+        prompt_mask = None
+        if attention_mask is not None:
+            prompt_mask = attention_mask[:, : past_length + end]
+        prefill = self._start(
+            inputs_embeds[:, :end], prompt_mask, positions[..., :end], cache, prompt_length, request
+        )
+        hidden_states = self._run_prefill(prefill, cache, request)
+        if end < length and not request.only_glimpse:
+            completion = self.forward(
+                inputs_embeds=inputs_embeds[:, end:],
+                attention_mask=attention_mask,
+                position_ids=positions[..., end:],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden_states = torch.cat([hidden_states, completion.last_hidden_state], dim=1)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=cache if use_cache else None
+        )
+
+    def _start(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: DynamicCache,
+        prompt_length: int,
+        request: PruneRequest,
+    ) -> _Prefill:
+        """Line the mask up with the cache, and insert the glimpse tokens after the prompt."""
+        past = cache.layers[0]
+        mask = slot_mask(past, attention_mask, inputs_embeds.shape[1])
+        if mask is not None:
+            mask = mask[:, past.dropped :].to(inputs_embeds.device, torch.bool)
+        past_slots = past.physical_length
+        prompt_positions = position_ids[..., :prompt_length].reshape(
+            -1, len(inputs_embeds), prompt_length
+        )
+        next_position = prompt_positions.amax(dim=(0, 2)) + 1
+        token = request.glimpse.token if request.visual_keep_mask is None else None
+        vectors = None if token is None else token(0).to(inputs_embeds)
+        count = 0 if vectors is None else len(vectors)
+        if vectors is not None:
+            batch = inputs_embeds.shape[0]
+            rows = vectors.expand(batch, -1, -1)
+            inputs_embeds = _insert(inputs_embeds, rows, prompt_length, dim=1)
+            steps = torch.arange(count, device=position_ids.device)
+            following = (next_position[:, None] + steps).expand(*position_ids.shape[:-1], -1)
+            position_ids = _insert(position_ids, following, prompt_length, dim=-1)
+            if mask is not None:
+                ones = mask.new_ones(batch, count)
+                mask = _insert(mask, ones, past_slots + prompt_length, dim=1)
+        glimpse_slice = slice(prompt_length, prompt_length + count)
+        return _Prefill(
+            inputs_embeds,
+            position_ids,
+            mask,
+            past_slots,
+            past.dropped,
+            glimpse_slice,
+            next_position,
+        )
+
+    def _run_prefill(
+        self, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+    ) -> torch.Tensor:
+        """Hidden states `(batch, length, hidden)` after the final norm, glimpse tokens removed."""
+        attention = self._run_glimpse(prefill, cache, request)
+        keep = self._score_and_select(attention, prefill, cache, request)
+        if request.only_glimpse:
+            return prefill.hidden_states
+        layer = self.layers[request.glimpse_layer]
+        if request.in_place:
+            prefill.hidden_states = _run_mlp(layer, prefill.hidden_states)
+            self._run_layers(request.glimpse_layer + 1, prefill, cache, request)
+            hidden_states = self.norm(prefill.hidden_states)
+            inserted = prefill.glimpse_slice
+            return torch.cat(
+                [hidden_states[:, : inserted.start], hidden_states[:, inserted.stop :]], dim=1
+            )
+        order = self._compact(keep, prefill, cache, request)
+        prefill.hidden_states = _run_mlp(layer, prefill.hidden_states)
+        self._run_layers(request.glimpse_layer + 1, prefill, cache, request)
+        self._finish(keep.shape[1] - order.shape[1], prefill, cache)
+        hidden_states = self.norm(prefill.hidden_states)
+        if request.compact_output:
+            return hidden_states
+        hidden_states = hidden_states * prefill.valid[..., None]
+        logical = hidden_states.new_zeros(*keep.shape, hidden_states.shape[-1])
+        return logical.scatter(1, order[..., None].expand_as(hidden_states), hidden_states)
+
+    def _run_glimpse(
+        self, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+    ) -> torch.Tensor | None:
+        """Run layers 0..K-1 and layer K's attention; read the glimpse token's attention.
+
+        Returns:
+            `(N, attention_layers * heads)`, or None when the caller gave the keep mask.
+        """
+        last_layer = request.glimpse_layer
+        mask, rotary = self._mask_and_rotary(prefill, cache, first_layer=0)
+        logits = {}
+        query = slice(prefill.glimpse_slice.stop - 1, prefill.glimpse_slice.stop)
+        keys = prefill.past_slots + prefill.glimpse_slice.stop
+        for index, layer in enumerate(self.layers[: last_layer + 1]):
+            self._add_glimpse_vectors(index, prefill, request)
+            query_states = prefill.hidden_states[:, query]
+            run = _run_attention if index == last_layer else _run_layer
+            prefill.hidden_states = run(layer, prefill.hidden_states, mask, rotary, cache)
+            if request.visual_keep_mask is None and index in request.glimpse.attention_layers:
+                cosine, sine = (_plain(part)[:, query] for part in rotary)
+                layer_keys = cache.layers[index].keys[:, :, :keys]
+                logits[index] = _query_logits(layer, query_states, layer_keys, cosine, sine)
+        if not logits:
+            return None
+        columns = [
+            self._visual_attention(logits[index], prefill, request)
+            for index in request.glimpse.attention_layers
+        ]
+        return torch.cat(columns, dim=-1)
+
+    def _visual_attention(
+        self, logits: torch.Tensor, prefill: _Prefill, request: PruneRequest
+    ) -> torch.Tensor:
+        """`(batch, heads, keys)` of one layer to `(N, heads)` at the visual tokens."""
+        valid = torch.ones_like(logits[:, 0], dtype=torch.bool)
+        if prefill.mask is not None:
+            valid = prefill.mask[:, : logits.shape[-1]]
+        attention = request.glimpse.read_attention(logits, valid)
+        tokens = request.tokens
+        return attention[tokens.rows, :, prefill.past_slots + tokens.columns]
+
+    def _add_glimpse_vectors(self, layer: int, prefill: _Prefill, request: PruneRequest) -> None:
+        if layer == 0 or request.visual_keep_mask is not None or request.glimpse.token is None:
+            return
+        vectors = request.glimpse.token(layer)
+        if vectors is not None:
+            prefill.hidden_states[:, prefill.glimpse_slice] += vectors.to(prefill.hidden_states)
+
+    def _score_and_select(
+        self,
+        attention: torch.Tensor | None,
+        prefill: _Prefill,
+        cache: DynamicCache,
+        request: PruneRequest,
+    ) -> torch.Tensor:
+        """Put the record on the cache; return `(batch, prompt)` bool, True at kept tokens."""
+        tokens, importance = request.tokens, None
+        if request.visual_keep_mask is not None:
+            keep = request.visual_keep_mask.to(tokens.rows.device)
+        else:
+            importance = request.glimpse(
+                attention,
+                [layer.to(attention) for layer in tokens.features],
+                tokens.geometry[:, 1:3],
+                tokens.groups(request.predictor_window),
+            )
+            keep = self._select(importance.detach(), prefill, request)
+        cache.glimpse = GlimpseRecord(
+            importance, keep, tokens.rows, tokens.geometry, tokens.kinds, tokens.sizes
+        )
+        prompt = prefill.valid[:, : prefill.glimpse_slice.start].clone()
+        prompt[tokens.rows, tokens.columns] = keep
+        return prompt
+
+    def _select(
+        self, importance: torch.Tensor, prefill: _Prefill, request: PruneRequest
+    ) -> torch.Tensor:
+        tokens = request.tokens
+        keep = select_visual_tokens(
+            importance,
+            tokens.rows,
+            len(prefill.hidden_states),
+            request.prune_threshold,
+            request.max_keep_ratio,
+            request.min_keep_tokens,
+        )
+        keep |= _corners(tokens.geometry, request.anchor_corners)
+        # The answer's first logits are read at the last prompt token, so it stays.
+        return keep | (tokens.columns == prefill.glimpse_slice.start - 1)
+
+    def _compact(
+        self, keep: torch.Tensor, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+    ) -> torch.Tensor:
+        """Pack kept tokens to the right in hidden states, positions, mask and layers 0..K.
+
+        Args:
+            keep: `(batch, prompt)` bool.
+
+        Returns:
+            `(batch, slots)` prompt position of each slot; a padded slot points at a dropped token.
+        """
+        counts = _kept_counts(keep, request)
+        slots = max(counts)
+        order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - slots :]
+        real = keep.gather(1, order)
+        batch, past_slots = len(order), prefill.past_slots
+        past = torch.arange(past_slots, device=order.device).expand(batch, -1)
+        index = torch.cat([past, past_slots + order], dim=1)
+        for layer in cache.layers[: request.glimpse_layer + 1]:
+            layer.keep(index)
+        prefill.hidden_states = prefill.hidden_states.take_along_dim(order[..., None], dim=1)
+        positions = prefill.position_ids
+        prefill.position_ids = positions.take_along_dim(
+            order.expand(*positions.shape[:-1], -1), dim=-1
+        )
+        if prefill.mask is not None or min(counts) < slots:
+            past_mask = real.new_ones(batch, past_slots)
+            if prefill.mask is not None:
+                past_mask = prefill.mask[:, :past_slots]
+            prefill.mask = torch.cat([past_mask, real], dim=1)
+        return order
+
+    def _run_layers(
+        self, first: int, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+    ) -> None:
+        if first == len(self.layers):
+            return
+        mask, rotary = self._mask_and_rotary(prefill, cache, first)
+        for index, layer in enumerate(self.layers[first:], start=first):
+            if request.in_place:
+                self._add_glimpse_vectors(index, prefill, request)
+            prefill.hidden_states = _run_layer(layer, prefill.hidden_states, mask, rotary, cache)
+
+    def _finish(self, dropped: int, prefill: _Prefill, cache: DynamicCache) -> None:
+        """Tell every cache layer what was dropped."""
+        slots = prefill.past_slots + prefill.hidden_states.shape[1]
+        delta = prefill.next_position - (slots + prefill.past_dropped + dropped)
+        for layer in cache.layers:
+            layer.dropped += dropped
+            layer.prompt_slots = slots
+            layer.prompt_mask = prefill.mask
+            layer.position_delta = delta[:, None]
+
+    def _mask_and_rotary(
+        self, prefill: _Prefill, cache: DynamicCache, first_layer: int
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+        """Attention mask and rotary embeddings for the layers from `first_layer` on.
+
+        The mask functions ask the cache's first layer how much it holds. Layers above K hold less
+        than those below, so they are shown a cache that begins with `first_layer`.
+        """
+        remaining = DynamicCache()
+        remaining.layers = cache.layers[first_layer:]
+        mask = prefill.mask
+        if mask is not None:
+            mask = torch.cat([mask.new_zeros(len(mask), prefill.past_dropped), mask], dim=1)
+        arguments = {
+            "config": self.config,
+            "attention_mask": mask,
+            "past_key_values": remaining,
+        }
+        states = prefill.hidden_states
+        if TRANSFORMERS_5:
+            causal_mask = create_causal_mask(inputs_embeds=states, **arguments)
+        else:
+            start = prefill.past_slots + prefill.past_dropped
+            positions = torch.arange(start, start + states.shape[1], device=states.device)
+            causal_mask = create_causal_mask(
+                input_embeds=states, cache_position=positions, **arguments
+            )
+        return causal_mask, self.rotary_emb(states, prefill.position_ids)
+
+
+def _insert(tensor: torch.Tensor, part: torch.Tensor, position: int, dim: int) -> torch.Tensor:
+    before, after = tensor.tensor_split([position], dim=dim)
+    return torch.cat([before, part, after], dim=dim)
+
+
+def _run_layer(layer: nn.Module, states: torch.Tensor, mask, rotary, cache) -> torch.Tensor:
+    output = layer(
+        states,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=rotary,
+    )
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _run_attention(layer: nn.Module, states: torch.Tensor, mask, rotary, cache) -> torch.Tensor:
+    """The first half of a decoder layer: attention and its residual."""
+    attended = layer.self_attn(
+        hidden_states=layer.input_layernorm(states),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=rotary,
+    )
+    return states + attended[0]
+
+
+def _run_mlp(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The second half of a decoder layer: MLP and its residual."""
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def _plain(rotary: torch.Tensor) -> torch.Tensor:
+    """`(batch, length, head_dim)`; one axis stands for all where a family keeps three.
+
+    It is used at glimpse tokens only, whose positions on the three axes are equal.
+    """
+    return rotary[0] if rotary.ndim == 4 else rotary
+
+
+def _query_logits(
+    layer: nn.Module,
+    states: torch.Tensor,
+    keys: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+) -> torch.Tensor:
+    """Scaled products of one query token with a layer's cached keys.
+
+    Args:
+        layer: the decoder layer.
+        states: `(batch, 1, hidden)`, the query token's input to the layer.
+        keys: `(batch, key_value_heads, slots, head_dim)`, rotated.
+        cosine, sine: `(batch, 1, head_dim)` of the query's position.
+
+    Returns:
+        `(batch, heads, slots)`.
+    """
+    attention = layer.self_attn
+    query = attention.q_proj(layer.input_layernorm(states))
+    query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (batch, heads, 1, dim)
+    query, _ = apply_rotary_pos_emb(query, query, cosine, sine)
+    grouped = query.squeeze(2).unflatten(1, (keys.shape[1], -1))
+    return (grouped @ keys.transpose(2, 3) * attention.scaling).flatten(1, 2)
+
+
+def _kept_counts(keep: torch.Tensor, request: PruneRequest) -> list[int]:
+    """Kept tokens of each row; the one place where a prefill waits for the device.
+
+    Raises:
+        ValueError: when the masks came from weights that were never trained.
+    """
+    trained = request.glimpse.trained.to(keep.device).view(1)
+    *counts, trained = torch.cat([keep.sum(1), trained.long()]).tolist()
+    if not trained and request.visual_keep_mask is None:
+        raise ValueError(
+            "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens "
+            "to prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use "
+            "prune=False"
+        )
+    return counts
+
+
+def _corners(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
+    """`(N,)` bool, True at the named corners of each frame."""
+    _, row, column, _, height, width = geometry.unbind(1)
+    found = torch.zeros_like(row, dtype=torch.bool)
+    for corner in corners:
+        vertical, horizontal = corner.split("_")
+        at_row = row == (0 if vertical == "top" else height - 1)
+        at_column = column == (0 if horizontal == "left" else width - 1)
+        found |= at_row & at_column
+    return found

@@ -1,0 +1,158 @@
+"""What every GlimpsePrune family shares outside its text model."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_glimpseprune import validate_selection
+from .glimpse import Glimpse, GlimpseToken
+from .glimpse_record import GlimpseRecord
+from .pruned_forward import PruneRequest
+from .visual_tokens import VisualFeatures, collect_visual_tokens
+
+logger = logging.get_logger(__name__)
+
+
+class GlimpseWeightsMixin:
+    """Initialisation of the added weights; a checkpoint that lacks any of them is untrained."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GlimpseToken):
+            nn.init.normal_(module.embeddings, std=self.config.get_text_config().initializer_range)
+        if isinstance(module, Glimpse):
+            module.trained.fill_(False)
+            logger.warning_once(
+                "The glimpse weights are new or incomplete: this model refuses to prune until they "
+                "are trained (glimpseprune train-stage1). prune=False and visual_keep_mask work."
+            )
+
+
+class PruningModelMixin(GlimpseWeightsMixin):
+    """Backbone (vision encoder and text model) that turns a call into a `PruneRequest`.
+
+    A family sets `glimpse` and says in `predictor_window` how the vision encoder's windows measure
+    in tokens.
+    """
+
+    config: object
+    glimpse: Glimpse
+    predictor_window: int | None = None
+
+    def merge_visual_features(
+        self,
+        inputs_embeds: torch.Tensor,
+        encoded: dict[str, VisualFeatures],
+        masks: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Put encoded images and videos at their placeholders: `(batch, length, hidden)`."""
+        for kind, features in encoded.items():
+            embeddings = torch.cat(list(features.pooler_output)).to(inputs_embeds)
+            mask = masks[kind][..., None].expand_as(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, embeddings)
+        return inputs_embeds
+
+    def prune_request(
+        self,
+        encoded: dict[str, VisualFeatures],
+        masks: dict[str, torch.Tensor],
+        prune_threshold: float | None = None,
+        max_keep_ratio: float | None = None,
+        min_keep_tokens: int | None = None,
+        visual_keep_mask: torch.Tensor | None = None,
+        **options,
+    ) -> PruneRequest:
+        """Describe the pruning of one prefill; settings that are None come from the configuration.
+
+        Raises:
+            ValueError: for a setting out of range or a keep mask that does not fit.
+        """
+        config = self.config
+        if prune_threshold is None:
+            prune_threshold = config.prune_threshold
+        if max_keep_ratio is None:
+            max_keep_ratio = config.max_keep_ratio
+        if min_keep_tokens is None:
+            min_keep_tokens = config.min_keep_tokens
+        validate_selection(prune_threshold, max_keep_ratio, min_keep_tokens)
+        tokens = collect_visual_tokens(encoded, masks)
+        if visual_keep_mask is not None:
+            validate_keep_mask(visual_keep_mask, tokens.total)
+        return PruneRequest(
+            glimpse=self.glimpse,
+            tokens=tokens,
+            glimpse_layer=config.glimpse_layer,
+            predictor_window=self.predictor_window if config.predictor_windowed else None,
+            anchor_corners=config.anchor_corners,
+            prune_threshold=prune_threshold,
+            max_keep_ratio=max_keep_ratio,
+            min_keep_tokens=min_keep_tokens,
+            visual_keep_mask=visual_keep_mask,
+            **options,
+        )
+
+
+class PruningGenerationMixin(GlimpseWeightsMixin):
+    """The model users hold: `generate` that prunes, and `glimpse`."""
+
+    @torch.no_grad()
+    def glimpse(self: PreTrainedModel, **inputs) -> GlimpseRecord:
+        """Score the visual tokens of a prompt without answering: runs K layers.
+
+        Args:
+            inputs: what `generate` takes, settings of the selection included.
+
+        Returns:
+            Importance, keep masks and grids of all images and videos, in prompt order.
+
+        Raises:
+            ValueError: when the prompt has no visual tokens, or the glimpse weights are untrained.
+        """
+        outputs = self.model(**inputs, prune=True, only_glimpse=True, use_cache=True)
+        if not hasattr(outputs.past_key_values, "glimpse"):
+            raise ValueError("this prompt has no image or video to glimpse at")
+        return outputs.past_key_values.glimpse
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        """Repeat the keep mask row by row, as images are; the stock method repeats elements."""
+        keep_mask = model_kwargs.pop("visual_keep_mask", None)
+        if keep_mask is not None and expand_size > 1:
+            visual = self.model.visual_token_ids
+            counts = torch.isin(input_ids, visual.to(input_ids.device)).sum(1).tolist()
+            validate_keep_mask(keep_mask, sum(counts))
+            keep_mask = torch.cat([row.repeat(expand_size) for row in keep_mask.split(counts)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if keep_mask is not None:
+            model_kwargs["visual_keep_mask"] = keep_mask
+        return input_ids, model_kwargs
+
+
+def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
+    """Check a caller's keep mask.
+
+    Raises:
+        ValueError: unless it is a bool tensor of shape `(num_visual_tokens,)`.
+    """
+    if not isinstance(visual_keep_mask, torch.Tensor) or visual_keep_mask.dtype != torch.bool:
+        found = getattr(visual_keep_mask, "dtype", type(visual_keep_mask).__name__)
+        raise ValueError(f"visual_keep_mask must be a bool tensor, got {found}")
+    if visual_keep_mask.shape != (num_visual_tokens,):
+        raise ValueError(
+            f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
+            f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
+        )
+
+
+def completion_start(labels: torch.Tensor) -> int | None:
+    """First column where any row has a label (not -100), or None when no row has one."""
+    labelled = (labels != -100).any(dim=0).nonzero()
+    return int(labelled[0]) if len(labelled) else None

@@ -6,6 +6,7 @@ visual tokens are kept. The same fields serve every family, so they live in a mi
 configuration states only which vision layers it taps by default.
 """
 
+import copy
 import inspect
 
 from transformers import Qwen2_5_VLConfig
@@ -174,6 +175,8 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
 
     def __init__(self, **kwargs):
         glimpse_fields = {name: kwargs.pop(name) for name in GLIMPSE_FIELDS if name in kwargs}
+        if isinstance(kwargs.get("text_config"), dict):
+            kwargs["text_config"] = portable_text_config(**kwargs)
         super().__init__(**kwargs)
         full_attention_blocks = list(self.vision_config.fullatt_block_indexes)
         self.set_glimpse_fields(full_attention_blocks[::-1], **glimpse_fields)
@@ -182,3 +185,20 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
             raise ValueError(
                 f"vision_layers must be vision blocks 0..{depth - 1}, got {self.vision_layers}"
             )
+
+
+def portable_text_config(
+    text_config: dict, tie_word_embeddings: bool | None = None, **other_fields
+) -> dict:
+    """A text configuration that both generations of transformers read, whichever wrote it.
+
+    transformers 5 writes the rotary settings under a name that transformers 4 does not know, and
+    tied weights in the outer configuration alone.
+    """
+    text_config = copy.deepcopy(text_config)
+    if rotary := text_config.pop("rope_parameters", None):
+        text_config["rope_theta"] = rotary.pop("rope_theta")
+        text_config["rope_scaling"] = rotary
+    if tie_word_embeddings is not None:
+        text_config["tie_word_embeddings"] = tie_word_embeddings
+    return text_config

@@ -18,7 +18,8 @@ class GlimpseToken(nn.Module):
     Args:
         config: a GlimpsePrune configuration with `num_glimpse_tokens` > 0.
         hidden_size: width of the decoder.
-        norm_eps: epsilon of the norm; official checkpoints use the base's `rms_norm_eps`.
+        norm_eps: epsilon of an RMS norm, the base's `rms_norm_eps` in official checkpoints; a layer
+            norm has torch's default there.
     """
 
     def __init__(self, config, hidden_size: int, norm_eps: float):
@@ -27,8 +28,10 @@ class GlimpseToken(nn.Module):
         shape = (len(self.layers), config.num_glimpse_tokens, hidden_size)
         self.embeddings = nn.Parameter(torch.empty(shape))
         self.projection = nn.Linear(hidden_size, hidden_size)
-        norm_class = RMSNorm if config.glimpse_norm == "rms_norm" else nn.LayerNorm
-        self.norm = norm_class(hidden_size, eps=norm_eps)
+        if config.glimpse_norm == "rms_norm":
+            self.norm = RMSNorm(hidden_size, eps=norm_eps)
+        else:
+            self.norm = nn.LayerNorm(hidden_size)
         self.dropout = nn.Dropout(config.glimpse_dropout)
 
     def forward(self, layer: int) -> torch.Tensor | None:

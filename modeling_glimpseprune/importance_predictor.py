@@ -158,8 +158,7 @@ class TokenGroup:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of each image to itself: `(N, heads, *)` in, `(size * count, width)` out."""
-        query, key, value = (self._per_image(states) for states in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attend(*(self._per_image(states) for states in (query, key, value)))
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _per_image(self, states: torch.Tensor) -> torch.Tensor:
@@ -187,13 +186,25 @@ class WindowedTokenGroup(TokenGroup):
         windows = self.windows.to(query.device)  # (windows, window ** 2), -1 where outside
         inside = windows >= 0
         states = [states[self.start + windows.clamp(min=0)] for states in (query, key, value)]
-        attended = F.scaled_dot_product_attention(
-            *(state.transpose(1, 2) for state in states), attn_mask=inside[:, None, None, :]
-        )
+        states = [state.transpose(1, 2) for state in states]
+        attended = attend(*states, mask=inside[:, None, None, :])
         attended = attended.transpose(1, 2).flatten(2)  # (windows, window ** 2, width)
         gathered = attended.new_empty(self.size, attended.shape[-1])
         gathered[windows[inside]] = attended[inside]
         return gathered
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` for values narrower than queries.
+
+    The kernels with linear memory want equal widths (everywhere but in one CUDA kernel), so values
+    are padded with zeros on the way in.
+    """
+    width = value.shape[-1]
+    value = F.pad(value, (0, query.shape[-1] - width))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)[..., :width]
 
 
 def rotary_2d(

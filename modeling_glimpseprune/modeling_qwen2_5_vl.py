@@ -1,9 +1,12 @@
-"""GlimpsePrune for Qwen2.5-VL: the stock model, whose prefill drops visual tokens."""
+"""GlimpsePrune for Qwen2.5-VL: the stock model, whose prefill drops visual tokens.
+
+transformers 4 loads no more of a local folder than what this file imports by itself, so it also
+names siblings that only other siblings use.
+"""
 
 import torch
 from torch import nn
 from transformers import (
-    PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
@@ -16,12 +19,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .glimpse import Glimpse
-from .glimpse_record import GlimpseRecord
-from .importance_predictor import VisualImportancePredictor
+from .glimpse_record import GlimpseRecord  # noqa: F401
+from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .pruned_cache import pruned_layer
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
 from .pruning_model import PruningGenerationMixin, PruningModelMixin, completion_start
-from .selection import select_visual_tokens
+from .selection import select_visual_tokens  # noqa: F401
 from .visual_tokens import VisualFeatures, tap_outputs, token_geometry
 
 

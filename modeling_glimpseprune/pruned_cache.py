@@ -1,10 +1,10 @@
 """A cache layer that is compact inside and logical outside.
 
-After pruning, a layer holds keys and values of kept tokens only, but everything that counts positions
-from the cache (new positions, slicing of ids on a later turn, cropping in assisted decoding) must go
-on seeing the prompt's full length. So the layer reports the logical length, and tells the mask
-functions its physical length and the difference as an offset, as transformers' own sliding-window
-layer does.
+After pruning, a layer holds keys and values of kept tokens only, but everything that counts
+positions from the cache (new positions, slicing of ids on a later turn, cropping in assisted
+decoding) must go on seeing the prompt's full length. So the layer reports the logical length, and
+tells the mask functions its physical length and the difference as an offset, as transformers' own
+sliding-window layer does.
 """
 
 import torch

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord
-from .pruned_cache import PrunedLayer, adopt_layers, pruned_layer, slot_mask
+from .pruned_cache import adopt_layers, pruned_layer, slot_mask
 from .selection import select_visual_tokens
 from .visual_tokens import VisualTokens
 
@@ -370,7 +370,7 @@ class PrunedForwardMixin:
         Returns:
             `(batch, slots)` prompt position of each slot; a padded slot points at a dropped token.
         """
-        counts = _kept_counts(keep, request)
+        counts, all_real = _kept_counts(keep, prefill, request)
         slots = max(counts)
         order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - slots :]
         real = keep.gather(1, order)
@@ -384,11 +384,13 @@ class PrunedForwardMixin:
         prefill.position_ids = positions.take_along_dim(
             order.expand(*positions.shape[:-1], -1), dim=-1
         )
-        if prefill.mask is not None or min(counts) < slots:
-            past_mask = real.new_ones(batch, past_slots)
-            if prefill.mask is not None:
-                past_mask = prefill.mask[:, :past_slots]
-            prefill.mask = torch.cat([past_mask, real], dim=1)
+        if all_real and min(counts) == slots:
+            prefill.mask = None
+            return order
+        past_mask = real.new_ones(batch, past_slots)
+        if prefill.mask is not None:
+            past_mask = prefill.mask[:, :past_slots]
+        prefill.mask = torch.cat([past_mask, real], dim=1)
         return order
 
     def _run_layers(
@@ -509,21 +511,26 @@ def _query_logits(
     return (grouped @ keys.transpose(2, 3) * attention.scaling).flatten(1, 2)
 
 
-def _kept_counts(keep: torch.Tensor, request: PruneRequest) -> list[int]:
-    """Kept tokens of each row; the one place where a prefill waits for the device.
+def _kept_counts(
+    keep: torch.Tensor, prefill: _Prefill, request: PruneRequest
+) -> tuple[list[int], bool]:
+    """Kept tokens of each row, and whether the mask has no padding.
+
+    It is the one place where a prefill waits for the device.
 
     Raises:
         ValueError: when the masks came from weights that were never trained.
     """
     trained = request.glimpse.trained.to(keep.device).view(1)
-    *counts, trained = torch.cat([keep.sum(1), trained.long()]).tolist()
+    all_real = trained.new_ones(1) if prefill.mask is None else prefill.mask.all().view(1)
+    *counts, trained, all_real = torch.cat([keep.sum(1), trained, all_real]).tolist()
     if not trained and request.visual_keep_mask is None:
         raise ValueError(
             "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens "
             "to prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use "
             "prune=False"
         )
-    return counts
+    return counts, bool(all_real)
 
 
 def _corners(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Scripts that turn official or trained weights into Hub repositories."""

@@ -1,0 +1,285 @@
+"""Convert an official GlimpsePrune checkpoint into a Hub repository.
+
+An official checkpoint is a stock base beside a folder with a pickle of the added modules and their
+configuration:
+
+    python conversion/convert_official.py --base BASE --glimpse OFFICIAL --output REPOSITORY
+
+BASE and OFFICIAL are local folders or Hub ids. The pickle is read as plain tensors: no code in it
+is run.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conversion.families import QWEN2_5_VL
+from conversion.repository import (
+    BASE_FILES,
+    PROCESSOR_FILES,
+    check_vacant,
+    resolve_folder,
+    write_repository,
+)
+from conversion.shards import ConversionError, read_json
+
+WEIGHTS_FILE = "new_modules_gp.pt"
+
+# Official tensor name (a whole match) -> ours.
+KEY_MAP = {
+    r"learnable_embeddings": r"model.glimpse.token.embeddings",
+    r"le_proj\.(\w+)": r"model.glimpse.token.projection.\1",
+    r"le_norm\.(\w+)": r"model.glimpse.token.norm.\1",
+    r"attn_fuser\.attn_in_proj\.(\w+)": r"model.glimpse.predictor.attention_projection.\1",
+    r"attn_fuser\.cond_in_projs\.(\d+\.\w+)": r"model.glimpse.predictor.condition_projections.\1",
+    r"attn_fuser\.layers\.(\d+)\.norm1\.(\w+)": (
+        r"model.glimpse.predictor.layers.\1.attention_norm.\2"
+    ),
+    r"attn_fuser\.layers\.(\d+)\.attn\.(\w+\.\w+)": (
+        r"model.glimpse.predictor.layers.\1.attention.\2"
+    ),
+    r"attn_fuser\.layers\.(\d+)\.norm2\.(\w+)": r"model.glimpse.predictor.layers.\1.mlp_norm.\2",
+    r"attn_fuser\.layers\.(\d+)\.mlp\.(\w+\.\w+)": r"model.glimpse.predictor.layers.\1.mlp.\2",
+    # One projection a layer exists under deep supervision; otherwise only the last layer's.
+    r"attn_fuser\.attn_out_projs\.\d+\.(\w+)": r"model.glimpse.predictor.output_projection.\1",
+}
+TRAINED_KEY = "model.glimpse.trained"
+
+# Official configuration field -> ours, where the value stays.
+CONFIG_MAP = {
+    "selected_layers": "attention_layers",
+    "selected_visual_layers": "vision_layers",
+    "attn_fuse_size": "predictor_hidden_size",
+    "visual_cond_size": "predictor_condition_size",
+    "attn_fuse_num_heads": "predictor_num_heads",
+    "attn_fuse_hidden_act": "predictor_hidden_act",
+    "le_layers": "glimpse_embedding_layers",
+    "le_dropout_prob": "glimpse_dropout",
+    "reduce_threshold": "prune_threshold",
+    "max_remain_ratio": "max_keep_ratio",
+    "min_remain_num": "min_keep_tokens",
+}
+USES_VISION = {"AttnFuserV1": True, "AttnFuserV2": False}
+NORMS = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
+CORNERS = {"tl": "top_left", "tr": "top_right", "bl": "bottom_left", "br": "bottom_right"}
+
+# Settings of ablations and experiments, with the one value that is supported.
+ONLY = {
+    "deep_supervision": False,
+    "ori_attn_supervision": False,
+    "use_ref_masks": False,
+    "use_zero_masks": False,
+    "fixed_remain_ratio": None,
+    "attn_fuse_use_flash_attn": False,  # it splits the values among heads differently
+}
+# Fields that older official configurations lack, with the value they imply.
+DEFAULTS = ONLY | {
+    "anchor_positions": [],
+    "le_dropout_prob": 0.0,
+    "reduce_threshold": 0.5,
+    "max_remain_ratio": None,
+    "min_remain_num": 1,
+}
+# What base and official configuration must agree on: the text model's, then the vision encoder's.
+TEXT_SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+VISION_SHAPE = ("hidden_size", "depth", "spatial_merge_size")
+
+logger = logging.getLogger(__name__)
+
+
+def convert(base: Path, glimpse: Path, output: Path) -> None:
+    """Write the repository of one official checkpoint.
+
+    Args:
+        base: folder of the stock base.
+        glimpse: official folder, holding `new_modules_gp.pt` and `config.json`.
+        output: folder to create; it may exist if it is empty.
+
+    Raises:
+        ConversionError: when the checkpoint cannot be converted; nothing is written then.
+    """
+    check_vacant(output)
+    base_config = read_json(base / "config.json")
+    official = read_json(glimpse / "config.json")
+    check_same_architecture(base_config, official)
+    fields = convert_config(official)
+    logger.info("glimpse taken at layer %d", fields["glimpse_layer"])
+    weights = convert_weights(
+        read_official_weights(glimpse / WEIGHTS_FILE), fields["predictor_use_vision"]
+    )
+    write_repository(output, base, QWEN2_5_VL, fields, weights)
+
+
+def check_same_architecture(base: dict, official: dict) -> None:
+    """Raise a ConversionError when the glimpse was trained on a base of other sizes."""
+    texts = [config | config.get("text_config", {}) for config in (base, official)]
+    visions = [config.get("vision_config", {}) for config in (base, official)]
+    pairs = [("", name, *(text.get(name) for text in texts)) for name in TEXT_SHAPE]
+    pairs += [("vision ", name, *(vision.get(name) for vision in visions)) for name in VISION_SHAPE]
+    for kind, name, ours, theirs in pairs:
+        if None not in (ours, theirs) and ours != theirs:
+            raise ConversionError(
+                f"base and glimpse do not belong together: {kind}{name} is {ours} in the base's "
+                f"configuration and {theirs} in the glimpse's"
+            )
+
+
+def convert_config(official: Mapping[str, object]) -> dict[str, object]:
+    """Our configuration fields.
+
+    Raises:
+        ConversionError: naming a field that is missing, or a setting that is not supported.
+    """
+    official = {**DEFAULTS, **official}
+    for name, supported in ONLY.items():
+        if official[name] != supported:
+            raise ConversionError(
+                f"{name}={official[name]} is not supported; supported is only {supported}"
+            )
+    try:
+        fields = {ours: official[theirs] for theirs, ours in CONFIG_MAP.items()}
+        fields["glimpse_layer"] = _glimpse_layer(official)
+        fields["attention_scores"] = (
+            "logits" if official["use_attention_logits"] else "log_probabilities"
+        )
+        fields["num_glimpse_tokens"] = official["le_length"] if official["le_layers"] else 0
+        fields["predictor_windowed"] = not official["attn_fuse_global"]
+        fields["glimpse_norm"] = _lookup("le_norm_type", official["le_norm_type"], NORMS)
+        fuse_type = official["attn_fuse_type"]
+        fields["predictor_use_vision"] = _lookup("attn_fuse_type", fuse_type, USES_VISION)
+        corners = official["anchor_positions"] or []
+        fields["anchor_corners"] = [_lookup("anchor_positions", name, CORNERS) for name in corners]
+    except KeyError as error:
+        raise ConversionError(f"the official configuration lacks the field {error}") from error
+    return fields
+
+
+def _glimpse_layer(official: Mapping[str, object]) -> int:
+    """The layer at which tokens are dropped; one beyond the decoder means its last.
+
+    Raises:
+        ConversionError: when a layer whose attention is read is none of the decoder's.
+    """
+    num_layers = official["num_hidden_layers"]
+    selected = official["selected_layers"]
+    if not selected or not all(0 <= layer < num_layers for layer in selected):
+        raise ConversionError(
+            f"selected_layers must be layers of the decoder (0..{num_layers - 1}), got {selected}"
+        )
+    return min(official["reduce_layer"], num_layers - 1)
+
+
+def _lookup(field: str, value: object, values: Mapping[str, object]) -> object:
+    if value not in values:
+        raise ConversionError(
+            f"{field}={value!r} is not supported; supported are {', '.join(values)}"
+        )
+    return values[value]
+
+
+def read_official_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of `new_modules_gp.pt` under dotted names.
+
+    Raises:
+        ConversionError: when the file is missing, damaged, or holds anything but tensors.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ConversionError(f"{path} is missing") from error
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
+        first_line = str(error).partition("\n")[0]
+        raise ConversionError(
+            f"{path} is truncated or not a pickle of tensors: {first_line}"
+        ) from error
+    weights = _flatten(saved) if isinstance(saved, Mapping) else {"": saved}
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionError(f"{path} must hold named tensors, got {name} {type(value)}")
+    return weights
+
+
+def _flatten(saved: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in saved.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def convert_weights(
+    official: Mapping[str, torch.Tensor], uses_vision: bool
+) -> dict[str, torch.Tensor]:
+    """Our names for official tensors, and the mark that they are trained.
+
+    Args:
+        official: tensors by official name.
+        uses_vision: False for the predictor without vision features, whose condition projections
+            are saved but unused, and dropped here.
+
+    Raises:
+        ConversionError: naming tensors that no pattern of `KEY_MAP` knows.
+    """
+    weights = {TRAINED_KEY: torch.tensor(True)}
+    for name, tensor in official.items():
+        patterns = (pattern for pattern in KEY_MAP if re.fullmatch(pattern, name))
+        pattern = next(patterns, None)
+        if pattern is None:
+            raise ConversionError(f"{WEIGHTS_FILE} holds an unexpected tensor: {name}")
+        ours = re.sub(pattern, KEY_MAP[pattern], name)
+        if ours in weights:
+            raise ConversionError(f"{WEIGHTS_FILE} holds {ours} more than once, again as {name}")
+        if uses_vision or "condition_projections" not in ours:
+            weights[ours] = tensor
+    return weights
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert_official.py",
+        description="Convert an official GlimpsePrune checkpoint into a Hub repository.",
+    )
+    parser.add_argument("--base", required=True, help="stock base: a folder or a Hub id")
+    parser.add_argument(
+        "--glimpse", required=True, help=f"folder or Hub id with {WEIGHTS_FILE} and config.json"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
+    parser.add_argument("--revision", help="revision of the base, where it is a Hub id")
+    parser.add_argument("--glimpse-revision", help="revision of the glimpse, likewise")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, or 1 after saying what is wrong."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        check_vacant(arguments.output)
+        base = resolve_folder(arguments.base, (*BASE_FILES, *PROCESSOR_FILES), arguments.revision)
+        glimpse = resolve_folder(
+            arguments.glimpse, (WEIGHTS_FILE, "config.json"), arguments.glimpse_revision
+        )
+        convert(base, glimpse, arguments.output)
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

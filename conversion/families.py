@@ -1,0 +1,42 @@
+"""What the conversion knows of each model family."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from modeling_glimpseprune.modeling_qwen2_5_vl import (
+    GlimpsePruneQwen2_5_VLForConditionalGeneration,
+)
+from modeling_glimpseprune.processing_glimpseprune import GlimpsePruneQwen2_5_VLProcessor
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of bases and the classes that GlimpsePrune adds for it.
+
+    Attributes:
+        base_model_type: `model_type` of the stock base.
+        config_class, model_class, processor_class: ours; their modules are the remote code.
+        base_key_map: regular expression -> replacement that turns the names of published bases
+            into those of our model's parameters. The first that matches is applied; a name that
+            none matches stays.
+    """
+
+    base_model_type: str
+    config_class: type[PretrainedConfig]
+    model_class: type[PreTrainedModel]
+    processor_class: type[ProcessorMixin]
+    base_key_map: dict[str, str]
+
+
+QWEN2_5_VL = Family(
+    base_model_type="qwen2_5_vl",
+    config_class=GlimpsePruneQwen2_5_VLConfig,
+    model_class=GlimpsePruneQwen2_5_VLForConditionalGeneration,
+    processor_class=GlimpsePruneQwen2_5_VLProcessor,
+    base_key_map={
+        r"^visual\.": "model.visual.",
+        r"^model\.(?!language_model\.|visual\.)": "model.language_model.",
+    },
+)

@@ -1,0 +1,178 @@
+"""Counted costs of a prefill: operations, waits for the device, sizes of what is allocated."""
+
+import math
+
+import pytest
+import torch
+from conftest import build_batch, build_models
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from benchmarks.prefill_flops import (
+    OFFICIAL_PREDICTOR_7B,
+    QWEN2_5_VL_7B,
+    Decoder,
+    Predictor,
+    pruned_after_layer,
+    pruned_prefill,
+    stock_prefill,
+)
+
+TEXT, GRID = [3, 4], (9, 11)  # text tokens before and after an image of 9 x 11 visual tokens
+VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|>
+WAITING_METHODS = ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__")
+WAITING_OPERATIONS = (
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.unique_dim.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+)
+
+
+@pytest.fixture(scope="module")
+def models():
+    glimpse = {"glimpse_layer": 3, "vision_layers": [2, 1]}
+    models = build_models(hidden_size=64, num_layers=6, glimpse=glimpse)
+    for model in models:
+        model.requires_grad_(False)  # torch's counter follows gradients where there could be any
+    return models
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return build_batch([[TEXT[0], GRID, TEXT[1]]])
+
+
+def run(model, batch, **settings):
+    with torch.no_grad():
+        return model(**batch.inputs, use_cache=True, logits_to_keep=1, **settings)
+
+
+def flash_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    """The CPU's attention kernel, which the counter leaves out, counted as it counts the others."""
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+CPU_KERNEL = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops}
+
+
+@torch.no_grad()
+def count_flops(function) -> int:
+    with FlopCounterMode(display=False, custom_mapping=CPU_KERNEL) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def decoder_flops(model, batch, **settings) -> int:
+    """Operations of the text model, and of the glimpse where the model has one."""
+    images = (batch.inputs["pixel_values"], batch.inputs["image_grid_thw"])
+    total = count_flops(lambda: run(model, batch, **settings))
+    head = 2 * model.lm_head.weight.numel()
+    return total - count_flops(lambda: model.model.visual(*images)) - head
+
+
+def geometry(model) -> tuple[Decoder, Predictor]:
+    config, text = model.config, model.config.text_config
+    decoder = Decoder(
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+    )
+    predictor = Predictor(
+        len(config.vision_layers),
+        config.predictor_hidden_size,
+        config.predictor_condition_size,
+        config.vision_config.hidden_size,
+        text.num_attention_heads,
+    )
+    return decoder, predictor
+
+
+@pytest.mark.parametrize("kept_ratio", [0.05, 0.3, 1.0])
+def test_formula_agrees_with_the_counter(models, batch, kept_ratio):
+    settings = {"prune_threshold": 0.0, "max_keep_ratio": kept_ratio}
+    decoder, predictor = geometry(models.pruned)
+    kept = run(models.pruned, batch, **settings).past_key_values.glimpse.kept
+    text = sum(TEXT) + VISION_TOKENS
+    visual = math.prod(GRID)
+    expected = pruned_prefill(decoder, predictor, 3, text, visual, kept)
+    assert kept == max(1, int(kept_ratio * visual))
+    assert decoder_flops(models.pruned, batch, **settings) == expected
+    assert decoder_flops(models.stock, batch) == stock_prefill(decoder, text + visual)
+
+
+def test_prefill_of_7b_costs_at_most_0675_of_stock():
+    stock = stock_prefill(QWEN2_5_VL_7B, 5060)
+    shape = (QWEN2_5_VL_7B, OFFICIAL_PREDICTOR_7B, 18, 60, 5000, 200)
+    assert pruned_prefill(*shape) <= 0.675 * stock
+    assert pruned_after_layer(*shape) / stock == pytest.approx(0.697, abs=5e-4)
+
+
+def test_without_pruning_nothing_is_added(models, batch):
+    unpruned = decoder_flops(models.pruned, batch, prune=False)
+    assert unpruned <= 1.001 * decoder_flops(models.stock, batch)
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts what would make the host wait for a device: values and shapes read from tensors."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.waits = 0
+        for name in WAITING_METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+
+    def _counted(self, method):
+        def counted(*args, **kwargs):
+            self.waits += 1
+            return method(*args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in WAITING_OPERATIONS and "output_size" not in (kwargs or {}):
+            self.waits += 1
+        indexing = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+        if function in indexing and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.waits += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_waits(model, batch, **settings) -> int:
+    with pytest.MonkeyPatch.context() as monkeypatch, WaitCounter(monkeypatch) as counter:
+        run(model, batch, **settings)
+    return counter.waits
+
+
+def test_one_wait_for_the_device_beyond_stock(models, batch):
+    stock = count_waits(models.stock, batch)
+    assert stock > 0  # the counter sees the stock model's own
+    assert count_waits(models.pruned, batch, max_keep_ratio=0.2) == stock + 1
+    assert count_waits(models.pruned, batch, prune=False) == stock
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements any operation but an attention kernel returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if "attention" not in function.__name__:
+            tensors = output if isinstance(output, (tuple, list)) else [output]
+            sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+            self.most = max([self.most, *sizes])
+        return output
+
+
+def test_nothing_is_quadratic_in_the_visual_tokens(models):
+    grid = (48, 48)
+    batch = build_batch([[3, grid, 4]])
+    with LargestTensor() as largest:
+        run(models.pruned, batch, max_keep_ratio=0.1)
+    assert largest.most < math.prod(grid) ** 2 / 4

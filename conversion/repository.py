@@ -28,7 +28,6 @@ except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
 from conversion.families import Family
-from conversion.portable import make_processor_portable, portable_config
 from conversion.shards import (
     INDEX_FILE,
     ConversionError,
@@ -36,8 +35,8 @@ from conversion.shards import (
     copy_shard,
     find_shards,
     read_json,
-    write_json,
 )
+from glimpseprune.portable import make_processor_portable, portable_config, write_json
 
 GLIMPSE_SHARD = "model-glimpse.safetensors"
 MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")

@@ -58,11 +58,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON object the way the Hub's files are laid out."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def find_shards(folder: Path) -> list[Shard]:
     """The weights of a model folder: its shards in the index's order, or its single file.
 

@@ -66,17 +66,24 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
 
     def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
         """The stock features; on transformers 5 with what the predictor needs beside them."""
-        features = self._encode("image", pixel_values, image_grid_thw, **kwargs)
+        features = self.encode_visual("image", pixel_values, image_grid_thw, **kwargs)
         return features if TRANSFORMERS_5 else features.pooler_output
 
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         """As `get_image_features`, for videos."""
-        features = self._encode("video", pixel_values_videos, video_grid_thw, **kwargs)
+        features = self.encode_visual("video", pixel_values_videos, video_grid_thw, **kwargs)
         return features if TRANSFORMERS_5 else features.pooler_output
 
-    def _encode(
+    def encode_visual(
         self, kind: str, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs
     ) -> VisualFeatures:
+        """Encode images or videos and tap the vision blocks on the way.
+
+        Args:
+            kind: `"image"` or `"video"`.
+            pixels: `(patches, patch values)` as the processor returns them.
+            grid_thw: `(images, 3)` frames, height and width of each in patches.
+        """
         encoder = super().get_image_features if kind == "image" else super().get_video_features
         blocks = [self.visual.blocks[layer] for layer in self.config.vision_layers]
         with tap_outputs(blocks) as taps:
@@ -128,9 +135,9 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = dict(mm_encoder_outputs or {})
         if pixel_values is not None:
-            encoded["image"] = self._encode("image", pixel_values, image_grid_thw)
+            encoded["image"] = self.encode_visual("image", pixel_values, image_grid_thw)
         if pixel_values_videos is not None:
-            encoded["video"] = self._encode("video", pixel_values_videos, video_grid_thw)
+            encoded["video"] = self.encode_visual("video", pixel_values_videos, video_grid_thw)
         masks = self._placeholder_masks(input_ids, inputs_embeds, encoded)
         inputs_embeds = self.merge_visual_features(inputs_embeds, encoded, masks)
         request = None
@@ -209,8 +216,10 @@ class GlimpsePruneQwen2_5_VLForConditionalGeneration(
     and `forward` also:
 
         prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
-            one block over the pruned cache, as when decoding. Default: where `labels` begin, else
-            everything is prompt. Prompts are left-padded and completions right-padded.
+            one block over the pruned cache, as when decoding. Default: where `labels` begin; else,
+            with `logits_to_keep=n`, all but the last n - 1 tokens are prompt, as in assisted
+            decoding and in trl; else everything is. Prompts are left-padded and completions
+            right-padded.
         in_place: score only: keep every token and let the completion see the glimpse token.
 
     Hidden states and logits come back in the prompt's full length, with zeros at dropped tokens;
@@ -252,8 +261,8 @@ class GlimpsePruneQwen2_5_VLForConditionalGeneration(
         in_place: bool = False,
         **kwargs,
     ):
-        if labels is not None and prompt_length is None:
-            prompt_length = completion_start(labels)
+        if prompt_length is None:
+            prompt_length = completion_start(labels, logits_to_keep, input_ids)
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         if mm_token_type_ids is not None:  # unknown to transformers 4
             kwargs["mm_token_type_ids"] = mm_token_type_ids

@@ -21,6 +21,7 @@ class PrunedLayer(DynamicLayer):
         keys, values: `(batch, heads, physical_length, head_dim)`.
         dropped: logical length minus physical length.
         prompt_slots: physical slots that the pruned prompt takes.
+        fixed_slots: those up to its last visual token, which cannot be cropped.
         prompt_mask: `(batch, prompt_slots)` bool, True at real tokens, or None when all are.
         position_delta: `(batch, 1)`, the next token's rotary position minus the logical length, or
             None before the first pruning.
@@ -33,6 +34,7 @@ class PrunedLayer(DynamicLayer):
     def _forget_pruning(self) -> None:
         self.dropped = 0
         self.prompt_slots = 0
+        self.fixed_slots = 0
         self.prompt_mask: torch.Tensor | None = None
         self.position_delta: torch.Tensor | None = None
 
@@ -60,17 +62,20 @@ class PrunedLayer(DynamicLayer):
             length: minus the number of tokens to remove, or the logical length to keep.
 
         Raises:
-            ValueError: when the cut would reach into the pruned prompt.
+            ValueError: when the cut would reach the prompt's visual tokens.
         """
         remove = -length if length <= 0 else self.get_seq_length() - length
         if remove <= 0:
             return
         kept = self.physical_length - remove
-        if kept < self.prompt_slots:
+        if kept < self.fixed_slots:
             raise ValueError(
-                f"cannot remove {remove} tokens: the cut would reach into the pruned prompt, whose "
-                "dropped tokens are gone; keep the prompt or start again without the cache"
+                f"cannot remove {remove} tokens: the cut would reach the prompt's visual tokens, "
+                "some of which are gone; keep the prompt or start again without the cache"
             )
+        self.prompt_slots = min(self.prompt_slots, kept)
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[:, : self.prompt_slots]
         self.keys = self.keys[..., :kept, :]
         self.values = self.values[..., :kept, :]
 

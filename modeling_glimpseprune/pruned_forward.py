@@ -68,10 +68,13 @@ class _Prefill:
         hidden_states: `(batch, length, hidden)`.
         position_ids: `(..., batch, length)`, the family's rotary positions.
         mask: `(batch, past slots + length)` bool, True at real tokens, or None for all.
-        past_slots: physical length of the cache before this prefill.
-        past_dropped: tokens dropped from the cache before this prefill.
-        glimpse_slice: where the glimpse tokens stand.
+        past_slots: physical length of the cache before these tokens.
+        past_dropped: tokens dropped from the cache before these tokens.
+        prompt_start: slot of the prompt's first token.
+        prompt_length: tokens of the prompt.
+        glimpse_slice: where the glimpse tokens stand in `hidden_states`.
         next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
+        fixed_slots: slots up to the last visual token, known once the prompt is compact.
     """
 
     hidden_states: torch.Tensor
@@ -79,8 +82,11 @@ class _Prefill:
     mask: torch.Tensor | None
     past_slots: int
     past_dropped: int
+    prompt_start: int
+    prompt_length: int
     glimpse_slice: slice
     next_position: torch.Tensor
+    fixed_slots: int = 0
 
     @property
     def valid(self) -> torch.Tensor:
@@ -120,7 +126,7 @@ class PrunedForwardMixin:
                 prune_request,
             )
         layer = pruned_layer(past_key_values)
-        if layer is not None and (attention_mask is None or attention_mask.ndim == 2):
+        if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
         return super().forward(
@@ -144,8 +150,11 @@ class PrunedForwardMixin:
         return positions.expand(batch, -1)
 
     def _check_prunable(self, attention_mask: torch.Tensor | None, kwargs: dict) -> None:
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("pruning takes a 2-D attention mask (batch, length); or prune=False")
+        if not (attention_mask is None or _is_2d(attention_mask)):
+            raise ValueError(
+                "pruning takes a 2-D attention mask (batch, length) and a DynamicCache; static "
+                "caches come with a mask of their own: use the default cache, or prune=False"
+            )
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise ValueError(
                 "output_attentions and output_hidden_states are not available from a pruned "
@@ -178,28 +187,60 @@ class PrunedForwardMixin:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
 
         end = length if request.in_place else prompt_length
-        prompt_mask = None
-        if attention_mask is not None:
-            prompt_mask = attention_mask[:, : past_length + end]
+        ahead = self._tokens_ahead(prompt_length, request)
+        states = [self._run_block(slice(0, ahead), inputs_embeds, attention_mask, positions, cache)]
         prefill = self._start(
-            inputs_embeds[:, :end], prompt_mask, positions[..., :end], cache, prompt_length, request
+            slice(ahead, end),
+            inputs_embeds,
+            attention_mask,
+            positions,
+            cache,
+            prompt_length,
+            request,
         )
-        hidden_states = self._run_prefill(prefill, cache, request)
-        if end < length and not request.only_glimpse:
-            completion = self.forward(
-                inputs_embeds=inputs_embeds[:, end:],
-                attention_mask=attention_mask,
-                position_ids=positions[..., end:],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden_states = torch.cat([hidden_states, completion.last_hidden_state], dim=1)
+        states.append(self._run_prefill(prefill, cache, request))
+        if not request.only_glimpse:
+            rest = slice(end, length)
+            states.append(self._run_block(rest, inputs_embeds, attention_mask, positions, cache))
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=cache if use_cache else None
+            last_hidden_state=torch.cat([each for each in states if each is not None], dim=1),
+            past_key_values=cache if use_cache else None,
         )
+
+    def _tokens_ahead(self, prompt_length: int, request: PruneRequest) -> int:
+        """How many tokens run before the block that the glimpse token is in.
+
+        In place, the prompt does: it never sees the glimpse token, so on a frozen base none of it
+        needs a gradient, and the backward pass runs over glimpse and completion alone.
+        """
+        if not request.in_place:
+            return 0
+        return prompt_length if request.glimpse.token is not None else prompt_length - 1
+
+    def _run_block(
+        self,
+        part: slice,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: DynamicCache,
+    ) -> torch.Tensor | None:
+        """Run tokens by the stock layers over the cache; None when there are none."""
+        if part.start == part.stop:
+            return None
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, : cache.get_seq_length() + part.stop - part.start]
+        return self.forward(
+            inputs_embeds=inputs_embeds[:, part],
+            attention_mask=attention_mask,
+            position_ids=positions[..., part],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
 
     def _start(
         self,
+        part: slice,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
@@ -207,38 +248,47 @@ class PrunedForwardMixin:
         prompt_length: int,
         request: PruneRequest,
     ) -> _Prefill:
-        """Line the mask up with the cache, and insert the glimpse tokens after the prompt."""
-        past = cache.layers[0]
-        mask = slot_mask(past, attention_mask, inputs_embeds.shape[1])
-        if mask is not None:
-            mask = mask[:, past.dropped :].to(inputs_embeds.device, torch.bool)
-        past_slots = past.physical_length
+        """Line the mask up with the cache, and insert the glimpse tokens after the prompt.
+
+        Args:
+            part: the tokens to run; those before it are in the cache already.
+        """
         prompt_positions = position_ids[..., :prompt_length].reshape(
             -1, len(inputs_embeds), prompt_length
         )
         next_position = prompt_positions.amax(dim=(0, 2)) + 1
+        inputs_embeds, position_ids = inputs_embeds[:, part], position_ids[..., part]
+        place = prompt_length - part.start
+        past = cache.layers[0]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, : past.get_seq_length() + inputs_embeds.shape[1]]
+        mask = slot_mask(past, attention_mask, inputs_embeds.shape[1])
+        if mask is not None:
+            mask = mask[:, past.dropped :].to(inputs_embeds.device, torch.bool)
+        past_slots = past.physical_length
         token = request.glimpse.token if request.visual_keep_mask is None else None
         vectors = None if token is None else token(0).to(inputs_embeds)
         count = 0 if vectors is None else len(vectors)
         if vectors is not None:
             batch = inputs_embeds.shape[0]
             rows = vectors.expand(batch, -1, -1)
-            inputs_embeds = _insert(inputs_embeds, rows, prompt_length, dim=1)
+            inputs_embeds = _insert(inputs_embeds, rows, place, dim=1)
             steps = torch.arange(count, device=position_ids.device)
             following = (next_position[:, None] + steps).expand(*position_ids.shape[:-1], -1)
-            position_ids = _insert(position_ids, following, prompt_length, dim=-1)
+            position_ids = _insert(position_ids, following, place, dim=-1)
             if mask is not None:
                 ones = mask.new_ones(batch, count)
-                mask = _insert(mask, ones, past_slots + prompt_length, dim=1)
-        glimpse_slice = slice(prompt_length, prompt_length + count)
+                mask = _insert(mask, ones, past_slots + place, dim=1)
         return _Prefill(
             inputs_embeds,
             position_ids,
             mask,
             past_slots,
             past.dropped,
-            glimpse_slice,
-            next_position,
+            prompt_start=past_slots - part.start,
+            prompt_length=prompt_length,
+            glimpse_slice=slice(place, place + count),
+            next_position=next_position,
         )
 
     def _run_prefill(
@@ -258,6 +308,7 @@ class PrunedForwardMixin:
             return torch.cat(
                 [hidden_states[:, : inserted.start], hidden_states[:, inserted.stop :]], dim=1
             )
+        keep = self._prompt_mask(keep, prefill, request)
         order = self._compact(keep, prefill, cache, request)
         prefill.hidden_states = _run_mlp(layer, prefill.hidden_states)
         self._run_layers(request.glimpse_layer + 1, prefill, cache, request)
@@ -308,7 +359,7 @@ class PrunedForwardMixin:
             valid = prefill.mask[:, : logits.shape[-1]]
         attention = request.glimpse.read_attention(logits, valid)
         tokens = request.tokens
-        return attention[tokens.rows, :, prefill.past_slots + tokens.columns]
+        return attention[tokens.rows, :, prefill.prompt_start + tokens.columns]
 
     def _add_glimpse_vectors(self, layer: int, prefill: _Prefill, request: PruneRequest) -> None:
         if layer == 0 or request.visual_keep_mask is not None or request.glimpse.token is None:
@@ -324,7 +375,7 @@ class PrunedForwardMixin:
         cache: DynamicCache,
         request: PruneRequest,
     ) -> torch.Tensor:
-        """Put the record on the cache; return `(batch, prompt)` bool, True at kept tokens."""
+        """Put the record on the cache; return `(N,)` bool, True at kept visual tokens."""
         tokens, importance = request.tokens, None
         if request.visual_keep_mask is not None:
             keep = request.visual_keep_mask.to(tokens.rows.device)
@@ -339,8 +390,14 @@ class PrunedForwardMixin:
         cache.glimpse = GlimpseRecord(
             importance, keep, tokens.rows, tokens.geometry, tokens.kinds, tokens.sizes
         )
-        prompt = prefill.valid[:, : prefill.glimpse_slice.start].clone()
-        prompt[tokens.rows, tokens.columns] = keep
+        return keep
+
+    def _prompt_mask(
+        self, keep: torch.Tensor, prefill: _Prefill, request: PruneRequest
+    ) -> torch.Tensor:
+        """`(batch, prompt)` bool, True at all kept tokens, from that of the visual tokens."""
+        prompt = prefill.valid[:, : prefill.prompt_length].clone()
+        prompt[request.tokens.rows, request.tokens.columns] = keep
         return prompt
 
     def _select(
@@ -357,7 +414,7 @@ class PrunedForwardMixin:
         )
         keep |= _corners(tokens.geometry, request.anchor_corners)
         # The answer's first logits are read at the last prompt token, so it stays.
-        return keep | (tokens.columns == prefill.glimpse_slice.start - 1)
+        return keep | (tokens.columns == prefill.prompt_length - 1)
 
     def _compact(
         self, keep: torch.Tensor, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
@@ -370,8 +427,9 @@ class PrunedForwardMixin:
         Returns:
             `(batch, slots)` prompt position of each slot; a padded slot points at a dropped token.
         """
-        counts, all_real = _kept_counts(keep, prefill, request)
+        counts, all_real, last_visual = _kept_counts(keep, prefill, request)
         slots = max(counts)
+        prefill.fixed_slots = prefill.past_slots + slots - (keep.shape[1] - 1 - last_visual)
         order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - slots :]
         real = keep.gather(1, order)
         batch, past_slots = len(order), prefill.past_slots
@@ -411,6 +469,7 @@ class PrunedForwardMixin:
         for layer in cache.layers:
             layer.dropped += dropped
             layer.prompt_slots = slots
+            layer.fixed_slots = prefill.fixed_slots
             layer.prompt_mask = prefill.mask
             layer.position_delta = delta[:, None]
 
@@ -442,6 +501,10 @@ class PrunedForwardMixin:
                 input_embeds=states, cache_position=positions, **arguments
             )
         return causal_mask, self.rotary_emb(states, prefill.position_ids)
+
+
+def _is_2d(attention_mask: object) -> bool:
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 def _insert(tensor: torch.Tensor, part: torch.Tensor, position: int, dim: int) -> torch.Tensor:
@@ -513,8 +576,8 @@ def _query_logits(
 
 def _kept_counts(
     keep: torch.Tensor, prefill: _Prefill, request: PruneRequest
-) -> tuple[list[int], bool]:
-    """Kept tokens of each row, and whether the mask has no padding.
+) -> tuple[list[int], bool, int]:
+    """Kept tokens of each row, whether the mask has no padding, the last visual token's column.
 
     It is the one place where a prefill waits for the device.
 
@@ -523,14 +586,16 @@ def _kept_counts(
     """
     trained = request.glimpse.trained.to(keep.device).view(1)
     all_real = trained.new_ones(1) if prefill.mask is None else prefill.mask.all().view(1)
-    *counts, trained, all_real = torch.cat([keep.sum(1), trained, all_real]).tolist()
+    last_visual = request.tokens.columns.max().view(1)
+    known = torch.cat([keep.sum(1), trained, all_real, last_visual])
+    *counts, trained, all_real, last_visual = known.tolist()
     if not trained and request.visual_keep_mask is None:
         raise ValueError(
             "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens "
             "to prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use "
             "prune=False"
         )
-    return counts, bool(all_real)
+    return counts, bool(all_real), last_visual
 
 
 def _corners(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:

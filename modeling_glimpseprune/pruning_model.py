@@ -152,7 +152,24 @@ def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -
         )
 
 
-def completion_start(labels: torch.Tensor) -> int | None:
-    """First column where any row has a label (not -100), or None when no row has one."""
-    labelled = (labels != -100).any(dim=0).nonzero()
-    return int(labelled[0]) if len(labelled) else None
+def completion_start(
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    input_ids: torch.LongTensor | None,
+) -> int | None:
+    """Where the completion begins, if the caller's other arguments tell.
+
+    Args:
+        labels: `(batch, length)`; the first column where any row has a label (not -100).
+        logits_to_keep: n > 1 asks for the last prompt token's logits and n - 1 tokens after it.
+        input_ids: `(batch, length)`.
+
+    Returns:
+        Number of prompt tokens, or None when all are prompt.
+    """
+    if labels is not None:
+        labelled = (labels != -100).any(dim=0).nonzero()
+        return int(labelled[0]) if len(labelled) else None
+    if isinstance(logits_to_keep, int) and logits_to_keep > 1 and input_ids is not None:
+        return input_ids.shape[1] - logits_to_keep + 1
+    return None

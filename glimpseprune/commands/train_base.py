@@ -1,0 +1,35 @@
+"""`glimpseprune train-base`: train the tiny base from nothing and measure it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_base.yaml"))
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--save-minutes", type=float, default=3.0, help="time between savings")
+    parser.add_argument("--no-resume", action="store_true", help="ignore a state in the folder")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import json
+
+    import torch
+
+    from glimpseprune.tiny_world.recipe import load_recipe
+    from glimpseprune.tiny_world.training import BaseTrainer, write_summary
+    from glimpseprune.tiny_world.vocabulary import build_processor
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    recipe = load_recipe(arguments.recipe)
+    trainer = BaseTrainer(recipe, build_processor(), arguments.output, arguments.seed)
+    if not arguments.no_resume and trainer.resume():
+        print(f"resuming after step {trainer.step} of {recipe.total_steps}")
+    trainer.train(save_minutes=arguments.save_minutes)
+    print(json.dumps(write_summary(trainer), indent=2))
+    return 0

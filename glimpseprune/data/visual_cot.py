@@ -1,0 +1,212 @@
+"""Questions with evidence boxes, from JSON lines in the schema of Visual-CoT.
+
+Each line holds `question`, `answer`, `image` (a path relative to a folder), `bboxs` (a list of
+`[x0, y0, x1, y1]` in pixels, ends excluded), `dataset`, and the `width` and `height` that the boxes
+refer to. Other fields are ignored.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+FIELDS = ("question", "answer", "image", "bboxs", "dataset", "width", "height")
+
+Box = tuple[float, float, float, float]
+
+
+class VisualCoTError(ValueError):
+    """A line that cannot be used; the message begins with its file and number."""
+
+
+@dataclass(frozen=True)
+class VisualCoTRow:
+    """One question about one image.
+
+    Attributes:
+        image: path of the image file.
+        boxes: where the evidence is, `(x0, y0, x1, y1)` in pixels of a `width` x `height` image.
+        dataset: name of the data set that the question comes from.
+    """
+
+    question: str
+    answer: str
+    image: Path
+    boxes: tuple[Box, ...]
+    width: int
+    height: int
+    dataset: str
+
+
+class VisualCoTDataset(Dataset):
+    """Questions in groups that share an image, so that a batch need encode it only once.
+
+    Args:
+        rows: the questions, in any order.
+        questions_per_image: most questions in a group; with 1 every question is its own group.
+
+    Raises:
+        ValueError: when there is no row, or `questions_per_image` is not positive.
+    """
+
+    def __init__(self, rows: Sequence[VisualCoTRow], questions_per_image: int = 1):
+        if not rows:
+            raise ValueError("there are no questions to train or evaluate on")
+        if questions_per_image < 1:
+            raise ValueError(f"questions_per_image must be 1 or more, got {questions_per_image}")
+        self.num_questions = len(rows)
+        self._groups = _group_by_image(rows, questions_per_image)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> list[VisualCoTRow]:
+        return self._groups[index]
+
+
+def read_visual_cot(
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    skip_rows_without_boxes: bool = False,
+) -> list[VisualCoTRow]:
+    """Read a JSON-lines file and check every line of it.
+
+    Args:
+        path: the file; empty lines are skipped.
+        image_folder: folder that image paths are relative to; default: the file's own.
+        skip_rows_without_boxes: leave out questions without evidence instead of refusing them.
+
+    Returns:
+        The questions in the order of the file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        VisualCoTError: naming file and line, when a line is not a JSON object, lacks a field or has
+            one of a wrong type, has no box, has a box that is empty, inverted or outside the image,
+            or names an image file that does not exist.
+    """
+    path = Path(path)
+    folder = path.parent if image_folder is None else Path(image_folder)
+    rows, known_images = [], set()
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = _parse_row(line, folder)
+                if not row.boxes and skip_rows_without_boxes:
+                    continue
+                _check_row(row, known_images)
+            except ValueError as error:
+                raise VisualCoTError(f"{path}, line {number}: {error}") from error
+            rows.append(row)
+    return rows
+
+
+def evidence_mask(
+    boxes: Sequence[Box], width: float, height: float, grid: tuple[int, int]
+) -> torch.Tensor:
+    """Which visual tokens show evidence: those whose cell a box overlaps.
+
+    The image is divided evenly into `grid` cells. A box that only touches a cell's edge does not
+    overlap it. Boxes inside the image are never lost: each overlaps one cell at least.
+
+    Args:
+        boxes: `(x0, y0, x1, y1)` in pixels, ends excluded.
+        width, height: size in pixels of the image that the boxes refer to; it need not be the size
+            at which the image is processed.
+        grid: rows and columns of visual tokens.
+
+    Returns:
+        `(rows * columns,)` bool in raster order.
+    """
+    rows, columns = grid
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        mask |= _overlap(y0, y1, height, rows)[:, None] & _overlap(x0, x1, width, columns)
+    return mask.flatten()
+
+
+def _overlap(start: float, end: float, length: float, cells: int) -> torch.Tensor:
+    """Cells of a side `length` that the interval overlaps: `(cells,)` bool.
+
+    Multiplied out instead of divided, so whole numbers are compared exactly.
+    """
+    edges = torch.arange(cells + 1, dtype=torch.float64) * length
+    return (edges[1:] > start * cells) & (edges[:-1] < end * cells)
+
+
+def _group_by_image(
+    rows: Sequence[VisualCoTRow], questions_per_image: int
+) -> list[list[VisualCoTRow]]:
+    by_image: dict[Path, list[VisualCoTRow]] = {}
+    for row in rows:
+        by_image.setdefault(row.image, []).append(row)
+    return [
+        same[start : start + questions_per_image]
+        for same in by_image.values()
+        for start in range(0, len(same), questions_per_image)
+    ]
+
+
+def _parse_row(line: str, folder: Path) -> VisualCoTRow:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a JSON object but a {type(fields).__name__}")
+    missing = [name for name in FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    for name in ("question", "answer", "image", "dataset"):
+        if not isinstance(fields[name], str):
+            raise ValueError(f"{name} must be a string, got {fields[name]!r}")
+    width, height = (_side(name, fields[name]) for name in ("width", "height"))
+    if not isinstance(fields["bboxs"], list):
+        raise ValueError(f"bboxs must be a list of boxes, got {fields['bboxs']!r}")
+    return VisualCoTRow(
+        question=fields["question"],
+        answer=fields["answer"],
+        image=folder / fields["image"],
+        boxes=tuple(_box(box, width, height) for box in fields["bboxs"]),
+        width=width,
+        height=height,
+        dataset=fields["dataset"],
+    )
+
+
+def _side(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _box(box: object, width: int, height: int) -> Box:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        raise ValueError(f"a box must be four numbers [x0, y0, x1, y1], got {box!r}")
+    x0, y0, x1, y1 = box
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError(f"box {box} is empty or inverted: it needs x0 < x1 and y0 < y1")
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        raise ValueError(f"box {box} is outside the image of {width} x {height} pixels")
+    return x0, y0, x1, y1
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_row(row: VisualCoTRow, known_images: set[Path]) -> None:
+    if not row.boxes:
+        raise ValueError(
+            "bboxs is empty: without evidence there is nothing to learn from "
+            "(skip_rows_without_boxes leaves such rows out)"
+        )
+    if row.image not in known_images and not row.image.is_file():
+        raise ValueError(f"there is no image {row.image}")
+    known_images.add(row.image)

@@ -1,0 +1,157 @@
+"""Batches of questions, answers and evidence masks for training with a prompt boundary.
+
+Prompts are padded on the left and completions on the right, so that one column, `prompt_length`,
+divides prompt and completion in every row.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image, UnidentifiedImageError
+from transformers import ProcessorMixin
+
+from .visual_cot import VisualCoTRow, evidence_mask
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+IGNORED_LABEL = -100
+
+
+class VisualCoTCollator:
+    """Turns groups of questions into a batch.
+
+    A row is the chat template's prompt (image, then question) and the answer with the tokenizer's
+    end-of-sequence token. An image that several rows ask about is processed once.
+
+    Args:
+        processor: a Qwen2.5-VL processor.
+        min_pixels, max_pixels: bounds on the processed image's area; default: the processor's.
+
+    Calling it with groups of rows returns, with B rows, `prompt_length` P, completions of at most C
+    tokens, U different images and N visual tokens over all rows:
+
+    - `input_ids`, `attention_mask`, `labels`: `(B, P + C)`; labels are -100 outside of completions;
+    - `mm_token_type_ids`: `(B, P + C)`, 1 at visual tokens (transformers 5 only);
+    - `pixel_values`: patches of the U images, in the order in which rows first show them;
+    - `image_grid_thw`: `(B, 3)`, the patch grid of each row's image;
+    - `image_index`: `(B,)`, which of the U images each row shows;
+    - `evidence_mask`: `(N,)` bool, visual tokens in prompt order, row after row;
+    - `prompt_length`: P.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.merge = processor.image_processor.merge_size
+        self.size = _size(processor.image_processor.size, min_pixels, max_pixels)
+
+    def __call__(self, groups: Sequence[Sequence[VisualCoTRow]]) -> dict:
+        rows = [row for group in groups for row in group]
+        paths = list(dict.fromkeys(row.image for row in rows))
+        images = self.processor.image_processor(
+            images=[open_image(path) for path in paths], size=self.size, return_tensors="pt"
+        )
+        image_index = torch.tensor([paths.index(row.image) for row in rows])
+        grids = images["image_grid_thw"][image_index]
+        token_grids = [(height, width) for _, height, width in (grids // self._scale).tolist()]
+        evidence = [
+            evidence_mask(row.boxes, row.width, row.height, grid)
+            for row, grid in zip(rows, token_grids, strict=True)
+        ]
+        prompts = [
+            self._prompt(row, mask.numel()) for row, mask in zip(rows, evidence, strict=True)
+        ]
+        completions = [self._completion(row) for row in rows]
+        return {
+            **self._text_inputs(prompts, completions),
+            "pixel_values": images["pixel_values"],
+            "image_grid_thw": grids,
+            "image_index": image_index,
+            "evidence_mask": torch.cat(evidence),
+            "prompt_length": max(map(len, prompts)),
+        }
+
+    @property
+    def _scale(self) -> torch.Tensor:
+        """Patches of a visual token on each axis of `image_grid_thw`."""
+        return torch.tensor([1, self.merge, self.merge])
+
+    def _prompt(self, row: VisualCoTRow, num_visual_tokens: int) -> list[int]:
+        content = [{"type": "image"}, {"type": "text", "text": row.question}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if ids.count(self.image_token_id) != 1:
+            raise ValueError(
+                f"the prompt of {row.question!r} must hold {self.processor.image_token} once, for "
+                f"its image; it holds it {ids.count(self.image_token_id)} times"
+            )
+        place = ids.index(self.image_token_id)
+        return [*ids[:place], *[self.image_token_id] * num_visual_tokens, *ids[place + 1 :]]
+
+    def _completion(self, row: VisualCoTRow) -> list[int]:
+        text = row.answer + self.tokenizer.eos_token
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _text_inputs(
+        self, prompts: list[list[int]], completions: list[list[int]]
+    ) -> dict[str, torch.Tensor]:
+        padding = self.tokenizer.pad_token_id
+        prompt_ids = _pad(prompts, padding, left=True)
+        completion_ids = _pad(completions, padding, left=False)
+        prompt_mask = _pad([[1] * len(ids) for ids in prompts], 0, left=True)
+        completion_mask = _pad([[1] * len(ids) for ids in completions], 0, left=False)
+        labels = completion_ids.masked_fill(completion_mask == 0, IGNORED_LABEL)
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
+            "labels": torch.cat([torch.full_like(prompt_ids, IGNORED_LABEL), labels], dim=1),
+        }
+        if TRANSFORMERS_5:
+            inputs["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
+        return inputs
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image file as RGB.
+
+    Raises:
+        ValueError: naming the file, when it is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def _size(size: dict, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
+    """The image processor's bounds, with those given put in their place."""
+    shortest, longest = size["shortest_edge"], size["longest_edge"]
+    bounds = {
+        "shortest_edge": shortest if min_pixels is None else min_pixels,
+        "longest_edge": longest if max_pixels is None else max_pixels,
+    }
+    if not 0 < bounds["shortest_edge"] <= bounds["longest_edge"]:
+        raise ValueError(
+            "min_pixels must be positive and at most max_pixels, got "
+            f"{bounds['shortest_edge']} and {bounds['longest_edge']}"
+        )
+    return bounds
+
+
+def _pad(rows: list[list[int]], value: int, left: bool) -> torch.Tensor:
+    """`(rows, longest)` of token ids."""
+    length = max(map(len, rows))
+    if left:
+        return torch.tensor([[value] * (length - len(row)) + row for row in rows])
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])

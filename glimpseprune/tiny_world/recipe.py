@@ -1,0 +1,86 @@
+"""What a training of the tiny base consists of: stages run in order, read from a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SOURCES = ("images", "cards", "both")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    `source` says what is trained: "images" teaches the vision encoder to see (no questions),
+    "cards" teaches the language model to answer about pages given as card codes, "both" trains
+    the whole model on images and questions.
+
+    A step takes as many pages of one grid as come near `tokens` visual tokens, and up to
+    `questions` about each, in the shares of `kinds`; `form` is how they are put (see `packing`).
+    `rate` is the factor of the learning rates at the start and at the end, linear between.
+    The weights are those of the losses for reading, for cards, and for being like the codes.
+    `fit_batches` above 0 starts the stage by fitting the vision encoder's last layer to the codes
+    on that many batches; `code_noise` is added to codes that stand in for images; `blind` hides
+    the image from the tokens of every other question (see `packing`).
+    """
+
+    name: str
+    source: str
+    steps: int
+    tokens: int
+    grids: tuple[tuple[int, int], ...]
+    rate: tuple[float, float] = (1.0, 1.0)
+    warm_up: int = 20
+    questions: int = 8
+    form: str = "chat"
+    kinds: dict[str, float] = field(default_factory=lambda: {"value": 1.0})
+    most_labels: int | None = None
+    read_weight: float = 1.0
+    card_weight: float = 1.0
+    code_weight: float = 0.0
+    code_noise: float = 0.0
+    fit_batches: int = 0
+    blind: bool = False
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source: {self.source!r} is not one of {SOURCES}")
+        if self.steps < 1 or self.tokens < 1:
+            raise ValueError(f"steps and tokens must be positive in stage {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages and the optimisers' settings."""
+
+    stages: tuple[Stage, ...]
+    matrix_rate: float = 0.004
+    other_rate: float = 0.003
+    embedding_rate: float = 0.0003
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    evaluation_grids: tuple[tuple[int, int], ...] = ((8, 8), (12, 12))
+    evaluation_questions: int = 1000
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; unknown fields are an error."""
+    import yaml
+
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    content["stages"] = tuple(_stage(fields) for fields in content["stages"])
+    if "evaluation_grids" in content:
+        content["evaluation_grids"] = tuple(map(tuple, content["evaluation_grids"]))
+    return Recipe(**content)
+
+
+def _stage(fields: dict) -> Stage:
+    tuples = {"grids": tuple(map(tuple, fields["grids"]))}
+    if "rate" in fields:
+        tuples["rate"] = tuple(fields["rate"])
+    return Stage(**{**fields, **tuples})

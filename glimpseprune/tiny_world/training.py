@@ -1,0 +1,380 @@
+"""Trains the tiny base from nothing, stage by stage.
+
+No loss ever sees where the evidence of a question lies: the answers are learnt from answers
+alone, and the losses that teach seeing are about the page, whatever is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .accuracy import generation_accuracy
+from .cards import CardCodes, PageHeads, card_targets, character_targets, entry_tokens
+from .model import CODE_SCALE, fresh_base, save_base
+from .packing import PackedBatch, Packer
+from .pages import (
+    KINDS,
+    Page,
+    PageSettings,
+    Question,
+    ask,
+    draw_page,
+    make_page,
+    page_generator,
+)
+from .pixels import page_patches
+from .recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+LOG_FILE = "log.jsonl"
+STATE_FILE = "training_state.pt"
+SUMMARY_FILE = "training_summary.json"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pages of one grid with questions and what is to be seen on them.
+
+    `packed` is None where nothing is asked. `patches` `(patches, 1176)` is None where pages are
+    given as codes. `characters` `(tokens, cells)` and `cards` `(tokens, slots)` are the classes
+    of all pages' tokens.
+    """
+
+    grid: tuple[int, int]
+    pages: list[Page]
+    packed: PackedBatch | None
+    patches: torch.Tensor | None
+    characters: torch.Tensor
+    cards: torch.Tensor
+
+
+class BaseTrainer:
+    """Runs a recipe's stages, logs them and keeps a resumable state beside the model."""
+
+    def __init__(self, recipe: Recipe, processor: ProcessorMixin, output: Path, seed: int) -> None:
+        self.recipe, self.processor, self.output, self.seed = recipe, processor, output, seed
+        self.model = fresh_base(processor, seed)
+        self.model.set_attn_implementation("eager")  # on a CPU its backward pass is the fastest
+        width = self.model.config.text_config.hidden_size
+        embeddings = self.model.get_input_embeddings().weight
+        self.codes = CardCodes(embeddings, entry_tokens(processor.tokenizer), seed)
+        self.heads = PageHeads(width, self.codes, seed)
+        self.packer = Packer(processor)
+        self.optimisers = _optimisers(self.model, self.heads, recipe)
+        self.step, self.pages_seen, self.seconds = 0, 0, 0.0
+
+    def train(
+        self, save_minutes: float = 3.0, progress: bool = True, last_step: int | None = None
+    ) -> None:
+        """Run what is left of the recipe, or up to `last_step`.
+
+        The model is saved every `save_minutes`, at each stage's end and at the last step.
+        """
+        from tqdm import tqdm
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        end = self.recipe.total_steps if last_step is None else last_step
+        bar = tqdm(total=end, initial=self.step, disable=not progress)
+        saved = time.monotonic()
+        for stage, stage_step in self._remaining():
+            if stage_step == 0 and stage.fit_batches:
+                self._fit_last_layer(stage)
+            figures = self._train_step(stage, stage_step)
+            bar.update()
+            bar.set_description(f"{stage.name} {figures['loss']:.3f}")
+            last = stage_step + 1 == stage.steps or self.step == end
+            if last or time.monotonic() - saved > 60 * save_minutes:
+                self.save()
+                saved = time.monotonic()
+            if self.step == end:
+                break
+        bar.close()
+
+    def save(self) -> None:
+        """Write the model as a loadable folder, and what resuming needs."""
+        save_base(self.model, self.processor, self.output)
+        state = {
+            "heads": self.heads.state_dict(),
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "counters": (self.step, self.pages_seen, self.seconds),
+        }
+        partial = self.output / (STATE_FILE + ".partial")
+        torch.save(state, partial)
+        partial.replace(self.output / STATE_FILE)
+
+    def resume(self) -> bool:
+        """Take up the state in the output folder; False if there is none."""
+        path = self.output / STATE_FILE
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True)
+        self.heads.load_state_dict(state["heads"])
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.step, self.pages_seen, self.seconds = state["counters"]
+        self._cut_log()
+        return True
+
+    def _remaining(self) -> Iterator[tuple[Stage, int]]:
+        first = 0
+        for stage in self.recipe.stages:
+            for stage_step in range(max(0, self.step - first), stage.steps):
+                yield stage, stage_step
+            first += stage.steps
+
+    def _train_step(self, stage: Stage, stage_step: int) -> dict[str, float]:
+        begin = time.monotonic()
+        batch = self._batch(stage)
+        factor = _rate_factor(stage, stage_step)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["base_rate"] * factor
+        self.model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            figures = self._figures(stage, batch)
+        figures["loss"].backward()
+        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        figures["norm"] = nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        self.seconds += time.monotonic() - begin
+        numbers = {name: round(float(value.detach()), 4) for name, value in figures.items()}
+        self._log(stage, batch, numbers)
+        return numbers
+
+    def _batch(self, stage: Stage) -> Batch:
+        """The next pages; all of one grid, drawn from the stage's."""
+        choice = page_generator(self.seed, "train", -1 - self.step)
+        grid = stage.grids[choice.integers(len(stage.grids))]
+        settings = PageSettings(grids=stage.grids, most_labels=stage.most_labels)
+        pages, questions = [], []
+        for _ in range(max(1, round(stage.tokens / (grid[0] * grid[1])))):
+            generator = page_generator(self.seed, "train", self.pages_seen)
+            self.pages_seen += 1
+            page = make_page(generator, "train", settings, grid)
+            pages.append(page)
+            questions.append(_mixed_questions(page, stage, generator))
+        images = stage.source != "cards"
+        return Batch(
+            grid,
+            pages,
+            self._pack(grid, questions, stage),
+            torch.cat([page_patches(draw_page(page)) for page in pages]) if images else None,
+            torch.from_numpy(np.concatenate([character_targets(page) for page in pages])),
+            torch.from_numpy(np.concatenate([card_targets(page) for page in pages])),
+        )
+
+    def _pack(
+        self, grid: tuple[int, int], questions: list[list[Question]], stage: Stage
+    ) -> PackedBatch | None:
+        if stage.source == "images":
+            return None
+        return self.packer.pack(grid, questions, stage.form, stage.blind)
+
+    def _figures(self, stage: Stage, batch: Batch) -> dict[str, torch.Tensor]:
+        """Losses and accuracies of a batch; `loss` is their weighted sum."""
+        figures: dict[str, torch.Tensor] = {}
+        if batch.patches is None:
+            tokens = self.codes(batch.cards)
+            noise = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+            tokens = tokens + stage.code_noise * torch.randn(tokens.shape, generator=noise)
+            loss = tokens.new_zeros(())
+        else:
+            tokens = self._see(batch)
+            figures |= self.heads.losses(tokens, batch.characters, batch.cards)
+            loss = stage.read_weight * figures["read_loss"]
+            loss = loss + stage.card_weight * figures["card_loss"]
+            figures["code_loss"] = (tokens - self.codes(batch.cards)).square().mean()
+            loss = loss + stage.code_weight * figures["code_loss"] / CODE_SCALE**2
+        if batch.packed is not None:
+            answers = answer_figures(self.model, batch.packed, tokens)
+            figures |= answers
+            loss = loss + answers["answer_loss"]
+        return figures | {"loss": loss}
+
+    def _see(self, batch: Batch) -> torch.Tensor:
+        rows, columns = batch.grid
+        grid = torch.tensor([[1, 2 * rows, 2 * columns]]).repeat(len(batch.pages), 1)
+        seen = self.model.model.visual(batch.patches, grid_thw=grid)
+        return seen if isinstance(seen, torch.Tensor) else seen.pooler_output
+
+    @torch.no_grad()
+    def _fit_last_layer(self, stage: Stage) -> None:
+        """Set the vision encoder's last layer to what best gives the card codes (least squares).
+
+        So the language model, which learnt on codes, meets from the first image tokens it knows.
+        """
+        layers = self.model.model.visual.merger.mlp
+        last, layers[2] = layers[2], nn.Identity()
+        size = last.in_features + 1
+        products, targets = torch.zeros(size, size), torch.zeros(size, last.out_features)
+        for _ in range(stage.fit_batches):
+            batch = self._batch(stage)
+            features = functional.pad(self._see(batch), (0, 1), value=1.0)
+            products += features.T @ features
+            targets += features.T @ self.codes(batch.cards)
+        products += 1e-4 * products.diagonal().mean() * torch.eye(size)
+        solution = torch.linalg.solve(products, targets)
+        last.weight.copy_(solution[:-1].T)
+        last.bias.copy_(solution[-1])
+        layers[2] = last
+        for optimiser in self.optimisers:
+            for parameter in last.parameters():
+                optimiser.state.pop(parameter, None)
+
+    def _cut_log(self) -> None:
+        """Drop the log's lines of steps that the saved state does not know."""
+        path = self.output / LOG_FILE
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+    def _log(self, stage: Stage, batch: Batch, numbers: dict[str, float]) -> None:
+        entry = {"step": self.step, "stage": stage.name, "grid": batch.grid}
+        entry |= {"minutes": round(self.seconds / 60, 3), "pages": self.pages_seen} | numbers
+        with open(self.output / LOG_FILE, "a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
+def write_summary(trainer: BaseTrainer) -> dict[str, object]:
+    """Measure the saved model on held-out test pages and write `training_summary.json`.
+
+    The accuracy is exact match by greedy generation through the processor, a page size at a time.
+    """
+    import transformers
+
+    recipe, folder = trainer.recipe, trainer.output
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    kinds = [kind for kind in KINDS if kind in recipe.stages[-1].kinds]
+    accuracy = {
+        f"{rows}x{columns}": {
+            kind: generation_accuracy(
+                model, trainer.processor, (rows, columns), recipe.evaluation_questions, kind=kind
+            )
+            for kind in kinds
+        }
+        for rows, columns in recipe.evaluation_grids
+    }
+    summary = {
+        "accuracy": accuracy,
+        "seed": trainer.seed,
+        "steps": trainer.step,
+        "pages": trainer.pages_seen,
+        "training_minutes": round(trainer.seconds / 60, 1),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def answer_figures(
+    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Answer loss and share of questions with every answer token right, teacher forced.
+
+    `visual_tokens` is `(visual tokens of all pages, width)`, in the order of the placeholders.
+    """
+    hidden = packed_hidden_states(model, packed, visual_tokens)
+    wanted = packed.labels != -100
+    logits = model.lm_head(hidden[wanted]).float()
+    labels = packed.labels[wanted]
+    question = (packed.block + 10_000 * torch.arange(len(packed.block))[:, None])[wanted]
+    _, number = question.unique(return_inverse=True)
+    hits = (logits.argmax(-1) == labels).float()
+    right = torch.ones(int(number.max()) + 1).scatter_reduce(0, number, hits, "amin")
+    return {
+        "answer_loss": functional.cross_entropy(logits, labels),
+        "token_accuracy": hits.mean(),
+        "accuracy": right.mean(),
+    }
+
+
+def packed_hidden_states(
+    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor
+) -> torch.Tensor:
+    """The language model's last hidden states `(batch, length, width)` of packed sequences."""
+    language_model = model.model.language_model
+    embeddings = language_model.embed_tokens(packed.input_ids)
+    images = (packed.input_ids == model.config.image_token_id)[..., None]
+    embeddings = embeddings.masked_scatter(images, visual_tokens.to(embeddings.dtype))
+    mask = torch.zeros(packed.visible.shape, dtype=embeddings.dtype)
+    mask.masked_fill_(~packed.visible, torch.finfo(mask.dtype).min)
+    return language_model(
+        inputs_embeds=embeddings,
+        position_ids=packed.position_ids,
+        attention_mask={"full_attention": mask},
+        use_cache=False,
+    ).last_hidden_state
+
+
+def _mixed_questions(page: Page, stage: Stage, generator: np.random.Generator) -> list[Question]:
+    """Up to the stage's number of questions, each kind in about its share."""
+    kinds, shares = list(stage.kinds), np.array(list(stage.kinds.values()))
+    counts = generator.multinomial(stage.questions, shares / shares.sum())
+    questions = [
+        question
+        for kind, count in zip(kinds, counts, strict=True)
+        if count
+        for question in ask(page, kind, int(count), generator)
+    ]
+    return questions or ask(page, "value", 1, generator)
+
+
+def _rate_factor(stage: Stage, step: int) -> float:
+    first, last = stage.rate
+    warm = min(1.0, (step + 1) / stage.warm_up) if stage.warm_up else 1.0
+    return warm * (first + (last - first) * step / stage.steps)
+
+
+def _optimisers(model: nn.Module, heads: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for everything else.
+
+    Raises:
+        ValueError: where PyTorch is older than 2.9 and has no Muon.
+    """
+    try:
+        from torch.optim import Muon
+    except ImportError:
+        raise ValueError(f"training needs torch >= 2.9 for Muon, not {torch.__version__}") from None
+    matrices, others, embeddings = [], [], []
+    for name, parameter in model.named_parameters():
+        inside = parameter.dim() == 2 and "lm_head" not in name
+        group = embeddings if "embed_tokens" in name else matrices if inside else others
+        group.append(parameter)
+    muon = Muon(
+        matrices,
+        lr=recipe.matrix_rate,
+        weight_decay=recipe.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [*others, *heads.parameters()]},
+            {"params": embeddings, "lr": recipe.embedding_rate},
+        ],
+        lr=recipe.other_rate,
+        betas=(0.9, 0.98),
+        weight_decay=recipe.weight_decay,
+    )
+    for optimiser in (muon, adamw):
+        for group in optimiser.param_groups:
+            group["base_rate"] = group["lr"]
+    return [muon, adamw]

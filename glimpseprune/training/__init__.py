@@ -1,0 +1,1 @@
+"""Training of the weights that GlimpsePrune adds to a base."""

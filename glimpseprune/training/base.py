@@ -1,0 +1,177 @@
+"""Loading what stage 1 starts from: a stock model, or a GlimpsePrune repository to go on with."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging as transformers_logging
+
+from modeling_glimpseprune.configuration_glimpseprune import (
+    GLIMPSE_FIELDS,
+    GlimpsePruneQwen2_5_VLConfig,
+)
+from modeling_glimpseprune.modeling_qwen2_5_vl import (
+    GlimpsePruneQwen2_5_VLForConditionalGeneration,
+)
+from modeling_glimpseprune.processing_glimpseprune import GlimpsePruneQwen2_5_VLProcessor
+
+GLIMPSE_PREFIX = "model.glimpse."
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of one family, and how stock checkpoints name its weights.
+
+    Attributes:
+        stock_model_type: of the configurations that a fresh glimpse can be put on.
+        key_mapping: patterns of the stock checkpoint's names and what stands in their place.
+    """
+
+    stock_model_type: str
+    config_class: type[PretrainedConfig]
+    model_class: type[PreTrainedModel]
+    processor_class: type[ProcessorMixin]
+    key_mapping: Mapping[str, str]
+
+
+FAMILIES = (
+    Family(
+        "qwen2_5_vl",
+        GlimpsePruneQwen2_5_VLConfig,
+        GlimpsePruneQwen2_5_VLForConditionalGeneration,
+        GlimpsePruneQwen2_5_VLProcessor,
+        {
+            r"^visual\.": "model.visual.",
+            r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
+        },
+    ),
+)
+
+
+def load_for_training(
+    source: str,
+    glimpse_fields: Mapping[str, object] | None = None,
+    bf16: bool = False,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin, torch.dtype]:
+    """Load a model whose glimpse weights are to be trained, and its processor.
+
+    On a stock model the glimpse weights are drawn from PyTorch's random state; they and their
+    training stay in float32. The base keeps its dtype if it is float32, or bfloat16 in a bfloat16
+    training, and is held in float32 otherwise.
+
+    Args:
+        source: folder or Hub id of a stock model of a known family, or a GlimpsePrune repository.
+        glimpse_fields: the configuration's glimpse fields; those of a repository cannot change.
+        bf16: whether training computes in bfloat16.
+        attn_implementation: as `from_pretrained` takes it.
+
+    Returns:
+        The model, its processor, and the dtype in which the source holds its weights.
+
+    Raises:
+        OSError: when there is no such model.
+        ValueError: when it is of no known family, its weights do not fit, or a field cannot be.
+    """
+    family, content = _family(source)
+    stock = content["model_type"] == family.stock_model_type
+    config = _config(source, family, content, glimpse_fields or {}, stock)
+    with _errors_only():
+        model, loading = family.model_class.from_pretrained(
+            source,
+            config=config,
+            dtype="auto",
+            key_mapping=dict(family.key_mapping) if stock else None,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+        processor = family.processor_class.from_pretrained(source)
+    _check_loading(source, loading, GLIMPSE_PREFIX if stock else None)
+    stored_dtype = model.dtype
+    if stored_dtype != torch.bfloat16 or not bf16:
+        model.float()
+    model.model.glimpse.float()
+    return model, processor, stored_dtype
+
+
+@torch.no_grad()
+def start_glimpse_as(model: PreTrainedModel, processor: ProcessorMixin, text: str) -> None:
+    """Let fresh glimpse tokens enter the decoder as the mean embedding of a text's tokens.
+
+    A token the decoder knows moves within its reach from the first step on, where a random vector
+    of another scale drowns what the frozen layers add to it.
+
+    Raises:
+        ValueError: when the text is empty or the model has no glimpse token with an RMS norm.
+    """
+    token = model.model.glimpse.token
+    token_ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if token is None or model.config.glimpse_norm != "rms_norm" or not token_ids:
+        raise ValueError(
+            f"start_text needs tokens, a glimpse token and the norm rms_norm, got {text!r}"
+        )
+    embedding = model.get_input_embeddings().weight[token_ids].float().mean(0)
+    token.projection.weight.copy_(torch.eye(len(embedding)))
+    token.projection.bias.zero_()
+    token.embeddings[0] = embedding
+    token.norm.weight.fill_(embedding.square().mean().sqrt().item())
+
+
+def _family(source: str) -> tuple[Family, dict]:
+    """The family of a source, and the content of its config.json."""
+    content, _ = PretrainedConfig.get_config_dict(source)
+    model_type = content.get("model_type")
+    for family in FAMILIES:
+        if model_type in (family.stock_model_type, family.config_class.model_type):
+            return family, content
+    known = ", ".join(family.stock_model_type for family in FAMILIES)
+    raise ValueError(f"{source} is a {model_type} model; stage 1 knows {known} and their offspring")
+
+
+def _config(
+    source: str, family: Family, content: dict, glimpse_fields: Mapping[str, object], stock: bool
+) -> PretrainedConfig:
+    unknown = set(glimpse_fields) - set(GLIMPSE_FIELDS)
+    if unknown:
+        raise ValueError(f"glimpse: unknown field {sorted(unknown)[0]}")
+    if not stock:
+        config = family.config_class.from_pretrained(source)
+        for name, value in glimpse_fields.items():
+            if value != getattr(config, name):
+                raise ValueError(
+                    f"glimpse: {name} is {getattr(config, name)} in {source}, which is trained on, "
+                    f"and cannot become {value}"
+                )
+        return config
+    own = ("model_type", "architectures", "auto_map", "transformers_version")
+    inherited = {name: value for name, value in content.items() if name not in own}
+    return family.config_class(**inherited, **glimpse_fields)
+
+
+def _check_loading(source: str, loading: dict, may_miss: str | None) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the model's, fresh ones apart."""
+    missing = [
+        name
+        for name in loading["missing_keys"]
+        if may_miss is None or not name.startswith(may_miss)
+    ]
+    faults = {"missing": missing, "unexpected": list(loading["unexpected_keys"])}
+    faults["of a wrong shape"] = [fault[0] for fault in loading["mismatched_keys"]]
+    sentences = [
+        f"{kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names
+    ]
+    if sentences:
+        raise ValueError(f"the weights of {source} do not fit; {'; '.join(sentences)}")
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep transformers from warning that the glimpse weights are new."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

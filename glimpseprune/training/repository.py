@@ -1,0 +1,90 @@
+"""Writing a trained model as a complete repository, which both generations of transformers load."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..portable import edit_json, make_processor_portable, portable_config, write_json
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+SUMMARY_FILE = "training_summary.json"
+# transformers 5 would write a base read under other names back under those.
+UNDER_OWN_NAMES = {"save_original_format": False} if TRANSFORMERS_5 else {}
+
+
+def write_repository(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    output: str | Path,
+    dtype: torch.dtype,
+    summary: dict,
+) -> None:
+    """Write weights, configurations, processor and code, or nothing.
+
+    Args:
+        model: a GlimpsePrune model; it is cast to `dtype`.
+        processor: its processor.
+        output: folder to create; it may exist if it is empty.
+        dtype: of the written weights.
+        summary: what `training_summary.json` is to hold.
+
+    Raises:
+        ValueError: when `output` exists and is not an empty folder.
+    """
+    check_vacant(output)
+    model.to(dtype)
+    model_name = _reference(type(model))
+    auto_map = {"AutoConfig": _reference(type(model.config))}
+    auto_map |= dict.fromkeys(MODEL_AUTO_CLASSES, model_name)
+    auto_map["AutoProcessor"] = _reference(type(processor))
+    type(model.config).register_for_auto_class("AutoConfig")
+    type(model).register_for_auto_class(MODEL_AUTO_CLASSES[0])
+    type(processor).register_for_auto_class("AutoProcessor")
+    with vacant_sibling(Path(output)) as folder:
+        model.save_pretrained(folder, **UNDER_OWN_NAMES)
+        processor.save_pretrained(folder)
+        make_processor_portable(folder)
+        edit_json(folder / "config.json", portable_config)
+        _with_auto_map(folder / "config.json", auto_map)
+        for name in PROCESSOR_FILES:
+            _with_auto_map(folder / name, {"AutoProcessor": auto_map["AutoProcessor"]})
+        write_json(folder / SUMMARY_FILE, summary)
+
+
+def check_vacant(output: str | Path) -> None:
+    """Raise a ValueError unless the folder is absent or empty."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} exists and is not an empty folder")
+
+
+@contextmanager
+def vacant_sibling(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place on success and vanishes on failure."""
+    output = output.absolute()
+    folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.replace(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _reference(code: type) -> str:
+    """`module.Class`, as an auto_map names it."""
+    return f"{code.__module__.rpartition('.')[2]}.{code.__name__}"
+
+
+def _with_auto_map(path: Path, auto_map: dict[str, str]) -> None:
+    if path.exists():
+        edit_json(path, lambda content: content | {"auto_map": auto_map})

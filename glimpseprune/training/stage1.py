@@ -1,0 +1,140 @@
+"""A run of stage 1 from its recipe: data, base, training, evaluation, repository."""
+
+import json
+import logging
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+from transformers import PreTrainedModel, set_seed
+
+from ..data.visual_cot import VisualCoTDataset, read_visual_cot
+from ..data.visual_cot_collator import VisualCoTCollator
+from .base import load_for_training, start_glimpse_as
+from .repository import check_vacant, write_repository
+from .stage1_config import Stage1Recipe
+from .stage1_trainer import Stage1Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
+    """Train by a recipe and write the result as a complete repository.
+
+    Checkpoints lie in `recipe.checkpoint_folder` and stay there.
+
+    Args:
+        recipe: what to train, on what and how.
+        resume: go on from the last complete checkpoint, if there is one.
+
+    Returns:
+        What `training_summary.json` holds; None in all processes but the main one.
+
+    Raises:
+        ValueError: for settings or data that cannot be, an output that exists, or, without
+            `resume`, checkpoints of an earlier run.
+        OSError: for files or models that cannot be read.
+    """
+    config = recipe.training_config()
+    check_vacant(recipe.output)
+    checkpoint = last_checkpoint(recipe.checkpoint_folder)
+    if checkpoint is not None and not resume:
+        raise ValueError(
+            f"{recipe.checkpoint_folder} holds checkpoints of an earlier run: go on with --resume, "
+            "or remove the folder"
+        )
+    train, validation = _dataset(recipe, recipe.data), None
+    if recipe.validation_data:
+        validation = _dataset(recipe, recipe.validation_data)
+    set_seed(config.seed)  # the fresh glimpse weights are drawn here
+    model, processor, dtype = load_for_training(
+        recipe.base, recipe.glimpse, config.bf16, recipe.attn_implementation
+    )
+    if recipe.start_text is not None:
+        start_glimpse_as(model, processor, recipe.start_text)
+    trainer = Stage1Trainer(
+        model,
+        config,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=VisualCoTCollator(processor, recipe.min_pixels, recipe.max_pixels),
+    )
+    if resume:
+        logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.monotonic() - started
+    metrics = trainer.evaluate() if validation is not None else _last_logged(trainer)
+    if not trainer.is_world_process_zero():
+        return None
+    summary = _summary(recipe, trainer, metrics, seconds)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    write_repository(model, processor, recipe.output, dtype, summary)
+    return summary
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end, or None.
+
+    The trainer's state is written last, so a checkpoint without a readable one was interrupted.
+    """
+    if not folder.is_dir():
+        return None
+    numbered = {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    for number in sorted(numbered, reverse=True):
+        try:
+            json.loads((numbered[number] / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was interrupted while written: ignored", numbered[number])
+            continue
+        return numbered[number]
+    return None
+
+
+def _dataset(recipe: Stage1Recipe, path: str) -> VisualCoTDataset:
+    rows = read_visual_cot(path, recipe.image_folder, recipe.skip_rows_without_boxes)
+    if path == recipe.data:
+        rows = rows[: recipe.max_questions]
+    logger.info("%d questions in %s", len(rows), path)
+    return VisualCoTDataset(rows, recipe.questions_per_image)
+
+
+def _last_logged(trainer: Stage1Trainer) -> dict[str, float]:
+    """The training figures logged last."""
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return logged[-1] if logged else {}
+
+
+def _summary(
+    recipe: Stage1Recipe, trainer: Stage1Trainer, metrics: dict[str, float], seconds: float
+) -> dict:
+    """What is worth knowing of a run later: settings, versions, data, figures."""
+    return {
+        "recipe": asdict(recipe),
+        "training": trainer.args.to_sanitized_dict(),
+        "seed": trainer.args.seed,
+        "processes": trainer.args.world_size,
+        "questions": trainer.train_dataset.num_questions,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "minutes_since_start_or_resume": round(seconds / 60, 2),
+        "trained_parameters": _trained_parameters(trainer.model),
+        "metrics": metrics,
+        "versions": {
+            "accelerate": accelerate.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _trained_parameters(model: PreTrainedModel) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

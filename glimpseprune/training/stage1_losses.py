@@ -1,0 +1,98 @@
+"""Losses and figures of stage 1: how well importance matches the evidence.
+
+Everything here is computed for each row of the batch (each question) by itself, over all its visual
+tokens, so that a small image counts as much as a large one; averaging over rows is the caller's.
+"""
+
+import torch
+from torch.nn import functional as F
+
+DICE_SMOOTHING = 1.0
+
+
+def dice_loss(
+    importance: torch.Tensor, evidence: torch.Tensor, rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """One minus the soft Dice coefficient of probabilities p and evidence e.
+
+    `1 - (2 * sum(p * e) + s) / (sum(p) + sum(e) + s)` with smoothing s = 1.
+
+    Args:
+        importance: `(N,)` logits of the batch's visual tokens.
+        evidence: `(N,)` bool.
+        rows: `(N,)` row of each token.
+        num_rows: rows in the batch.
+
+    Returns:
+        `(num_rows,)` float32, each in [0, 1).
+    """
+    probability, evidence = importance.float().sigmoid(), evidence.float()
+    shared = _sum_by_row(probability * evidence, rows, num_rows)
+    total = _sum_by_row(probability + evidence, rows, num_rows)
+    return 1 - (2 * shared + DICE_SMOOTHING) / (total + DICE_SMOOTHING)
+
+
+def bce_loss(
+    importance: torch.Tensor, evidence: torch.Tensor, rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Binary cross-entropy, averaged over each row's visual tokens.
+
+    Arguments as for `dice_loss`. A row without visual tokens has a loss of 0.
+
+    Returns:
+        `(num_rows,)` float32.
+    """
+    losses = F.binary_cross_entropy_with_logits(
+        importance.float(), evidence.float(), reduction="none"
+    )
+    return _ratio(
+        _sum_by_row(losses, rows, num_rows),
+        _sum_by_row(torch.ones_like(losses), rows, num_rows),
+    )
+
+
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the completions, averaged over all their tokens.
+
+    Args:
+        logits: `(batch, completion, vocabulary)`, each predicting the label in its place.
+        labels: `(batch, completion)`, -100 at padding.
+
+    Returns:
+        A float32 scalar.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+
+def mask_figures(
+    keep: torch.Tensor, evidence: torch.Tensor, rows: torch.Tensor, num_rows: int
+) -> dict[str, torch.Tensor]:
+    """How a keep mask compares with the evidence.
+
+    Args:
+        keep: `(N,)` bool.
+        evidence, rows, num_rows: as for `dice_loss`.
+
+    Returns:
+        `precision` (evidence among kept), `recall` (kept among evidence), `iou` and `retention`
+        (kept among all), each `(num_rows,)` float32, 0 where nothing stands below the line.
+    """
+    both = _sum_by_row((keep & evidence).float(), rows, num_rows)
+    either = _sum_by_row((keep | evidence).float(), rows, num_rows)
+    kept = _sum_by_row(keep.float(), rows, num_rows)
+    wanted = _sum_by_row(evidence.float(), rows, num_rows)
+    total = _sum_by_row(torch.ones_like(keep, dtype=torch.float32), rows, num_rows)
+    return {
+        "precision": _ratio(both, kept),
+        "recall": _ratio(both, wanted),
+        "iou": _ratio(both, either),
+        "retention": _ratio(kept, total),
+    }
+
+
+def _sum_by_row(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return values.new_zeros(num_rows).index_add(0, rows, values)
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    return part / whole.clamp(min=1)

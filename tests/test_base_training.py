@@ -1,0 +1,173 @@
+"""Training of the tiny base: packing, stages, saving, resuming, the written folder."""
+
+import json
+
+import pytest
+import torch
+
+from glimpseprune.cli import main
+from glimpseprune.tiny_world.accuracy import chat_prompt, generated_answers, generation_accuracy
+from glimpseprune.tiny_world.model import fresh_base
+from glimpseprune.tiny_world.packing import Packer
+from glimpseprune.tiny_world.pages import PageSettings, ask, draw_page, make_page, page_generator
+from glimpseprune.tiny_world.recipe import Recipe, Stage, load_recipe
+from glimpseprune.tiny_world.training import SUMMARY_FILE, BaseTrainer, packed_hidden_states
+from glimpseprune.tiny_world.vocabulary import build_processor
+
+RECIPE = """
+evaluation_grids: [[4, 4]]
+evaluation_questions: 4
+stages:
+  - {name: see, source: images, steps: 2, tokens: 32, grids: [[4, 4]], rate: [1.0, 0.5]}
+  - {name: look-up, source: cards, steps: 2, tokens: 32, grids: [[4, 4]], form: key}
+  - {name: speak, source: images, steps: 1, tokens: 32, grids: [[4, 4]], fit_batches: 2}
+  - {name: all, source: both, steps: 1, tokens: 32, grids: [[4, 8]], kinds: {value: 1, count: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@torch.inference_mode()
+def test_packed_questions_have_the_logits_of_questions_asked_alone(processor):
+    model = fresh_base(processor, 0).eval()
+    grid = (6, 9)
+    generator = page_generator(0, "train", 0)
+    pages = [make_page(generator, "train", PageSettings(), grid) for _ in range(2)]
+    kinds = ("value", "compare")
+    questions = [ask(page, kind, 3, generator) for page, kind in zip(pages, kinds, strict=True)]
+    packed = Packer(processor).pack(grid, questions)
+    visual = []
+    for number, page in enumerate(pages):
+        for block, question in enumerate(questions[number], 1):
+            text = chat_prompt(processor, question.text) + question.answer + "<|im_end|>"
+            alone = processor(text=[text], images=[draw_page(page)], return_tensors="pt")
+            logits = model(**alone).logits[0]
+            if block == 1:
+                pixels, thw = alone["pixel_values"], alone["image_grid_thw"]
+                visual.append(model.model.get_image_features(pixels, thw))
+            rows = (packed.block[number] == block) | (packed.block[number] == 0)
+            assert packed.input_ids[number][rows].tolist() == alone["input_ids"][0].tolist()
+            visual_tokens = _features(visual[number])
+            hidden = packed_hidden_states(model, _row(packed, number), visual_tokens)[0]
+            torch.testing.assert_close(model.lm_head(hidden[rows]), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_blind_questions_do_not_see_the_image_but_the_rest_does(processor):
+    generator = page_generator(0, "train", 0)
+    page = make_page(generator, "train", PageSettings(), (4, 8))
+    questions = [ask(page, "value", 2, generator)]
+    open_eyes, blind = (Packer(processor).pack((4, 8), questions, blind=b) for b in (False, True))
+    image = blind.input_ids[0] == processor.image_token_id
+    sees_image = blind.visible[0, 0][:, image].all(dim=1)
+    for block in (1, 2):
+        places = (blind.block[0] == block).nonzero().flatten()
+        first_label = int((blind.labels[0, places] != -100).nonzero()[0])
+        assert sees_image[places[first_label:]].all()
+        assert sees_image[places[:first_label]].any() == (block == 1)
+    assert blind.visible[0, 0][:, ~image].equal(open_eyes.visible[0, 0][:, ~image])
+
+
+def _features(seen):
+    """The merged tokens `(tokens, width)` of one image in either generation of transformers."""
+    features = seen if isinstance(seen, tuple | list) else seen.pooler_output
+    return features[0]
+
+
+def _row(packed, number):
+    one = slice(number, number + 1)
+    return type(packed)(
+        packed.input_ids[one],
+        packed.position_ids[:, one],
+        packed.visible[one],
+        packed.labels[one],
+        packed.block[one],
+    )
+
+
+def test_labels_are_the_answer_and_its_end(processor):
+    page = make_page(page_generator(0, "train", 0), "train", PageSettings(), (4, 8))
+    question = ask(page, "value", 1, page_generator(0, "train", 1))[0]
+    packed = Packer(processor).pack((4, 8), [[question]])
+    wanted = packed.labels[0][packed.labels[0] != -100]
+    assert processor.tokenizer.decode(wanted) == question.answer + "<|im_end|>"
+
+
+def test_train_base_writes_a_loadable_folder_and_a_summary(tmp_path, recipe_file, processor):
+    output = tmp_path / "base"
+    options = ["--recipe", str(recipe_file), "--output", str(output), "--seed", "5"]
+    assert main(["train-base", *options, "--threads", "1"]) == 0
+    summary = json.loads((output / SUMMARY_FILE).read_text())
+    assert summary["seed"] == 5 and summary["steps"] == 6
+    assert summary["accuracy"]["4x4"]["value"]["questions"] == 4
+    assert 3.5e6 < summary["parameters"] < 4e6
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [entry["stage"] for entry in log] == ["see"] * 2 + ["look-up"] * 2 + ["speak", "all"]
+    assert sum(path.stat().st_size for path in output.glob("*.safetensors")) < 9e6
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(output, dtype=torch.float32)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert model.generation_config.eos_token_id[0] == processor.tokenizer.eos_token_id
+    loaded = AutoProcessor.from_pretrained(output)
+    page = make_page(page_generator(0, "test", 0), "test", PageSettings(), (4, 4))
+    questions = ["What is the value of KQ?", "How many labels are red?"]
+    images = [draw_page(page)] * 2
+    together = generated_answers(model, loaded, images, questions)
+    alone = [generated_answers(model, loaded, [images[0]], [text])[0] for text in questions]
+    assert together == alone
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path, recipe_file, processor):
+    recipe = load_recipe(recipe_file)
+    whole = BaseTrainer(recipe, processor, tmp_path / "whole", 1)
+    whole.train(progress=False)
+
+    stopped = BaseTrainer(recipe, processor, tmp_path / "parts", 1)
+    stopped.train(progress=False, last_step=3)
+    resumed = BaseTrainer(recipe, processor, tmp_path / "parts", 1)
+    assert resumed.resume() and resumed.step == 3
+    resumed.train(progress=False)
+    logs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (whole.output, resumed.output)
+    ]
+    assert len(logs[0]) == len(logs[1]) == recipe.total_steps
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert (one["step"], one["grid"], one["pages"]) == (
+            other["step"],
+            other["grid"],
+            other["pages"],
+        )
+
+
+def test_fitting_the_last_layer_brings_image_tokens_nearer_to_the_codes(tmp_path, processor):
+    stage = Stage("speak", "images", 1, 320, ((4, 8),), fit_batches=20, code_weight=1.0)
+    trainer = BaseTrainer(Recipe((stage,)), processor, tmp_path, 0)
+    with torch.no_grad():
+        before = trainer._figures(stage, trainer._batch(stage))["code_loss"]
+        trainer._fit_last_layer(stage)
+        after = trainer._figures(stage, trainer._batch(stage))["code_loss"]
+    assert after < 0.5 * before
+
+
+def test_accuracy_counts_every_question(processor):
+    model = fresh_base(processor, 0).eval()
+    figures = generation_accuracy(model, processor, (4, 4), 5, batch_size=2, max_new_tokens=2)
+    assert figures == {"accuracy": 0.0, "questions": 5, "correct": 0}
+
+
+def test_a_recipe_with_an_unknown_source_is_refused():
+    with pytest.raises(ValueError, match="sounds"):
+        Stage("x", "sounds", 1, 1, ((4, 4),))

@@ -1,0 +1,64 @@
+"""The command line: what it prints and writes, and sentences instead of tracebacks."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from glimpseprune.cli import COMMANDS, main
+from glimpseprune.loading import SAMPLE_PAGE
+
+
+def test_every_command_has_help(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        assert COMMANDS[command].split()[0] in capsys.readouterr().out
+
+
+def test_ask_answers_prunes_and_draws(tmp_path, capsys):
+    picture = tmp_path / "folder" / "picture.png"
+    assert main(["ask", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    kept, total = (int(n) for n in re.search(r"kept (\d+) of (\d+)", printed).groups())
+    assert "answer: " in printed and 0 < kept < total
+    page = Image.open(SAMPLE_PAGE)
+    assert Image.open(picture).size == (2 * page.width, page.height)
+
+
+def test_ask_without_pruning_keeps_all(tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    assert main(["ask", "--no-prune", "--output", str(picture)]) == 0
+    assert "all" in capsys.readouterr().out and not picture.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "no such image"), (b"no image", "cannot read"), (b"", "cannot read")],
+)
+def test_ask_says_what_is_wrong_with_an_image(tmp_path, capsys, content, sentence):
+    image, picture = tmp_path / "image.png", tmp_path / "picture.png"
+    if content is not None:
+        image.write_bytes(content)
+    assert main(["ask", "--image", str(image), "--output", str(picture)]) == 2
+    assert sentence in capsys.readouterr().err and not picture.exists()
+
+
+def test_ask_refuses_settings_out_of_range(tmp_path, capsys):
+    output = ["--output", str(tmp_path / "picture.png")]
+    assert main(["ask", "--max-keep-ratio", "2", *output]) == 2
+    assert "max_keep_ratio" in capsys.readouterr().err
+
+
+def test_evaluate_writes_results_of_all_settings(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert main(["evaluate", "--questions", "12", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    results = report["results"]
+    assert report["settings"]["questions"] == 12
+    assert results["all tokens"]["all"]["retention"] == 1.0
+    capped = results["pruned, max_keep_ratio 0.111"]["all"]
+    assert capped["questions"] == 12 and 0 < capped["retention"] <= 0.112
+    assert 0 < results["pruned"]["all"]["retention"] < 1

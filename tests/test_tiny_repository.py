@@ -1,0 +1,80 @@
+"""The repository `hub_configs/tiny`: complete, small, and loadable as users load it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from glimpseprune.loading import REPOSITORY, SAMPLE_PAGE, TINY_MODEL
+
+CODE = REPOSITORY / "modeling_glimpseprune"
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+FRESH_PROCESS = """
+import json, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import transformers
+from PIL import Image
+
+folder, page, name = sys.argv[1:]
+model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+message = {"role": "user", "content": [
+    {"type": "image", "image": Image.open(page).convert("RGB")},
+    {"type": "text", "text": "What is the value of KQ?"}]}
+inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True,
+                                       return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
+record = output.past_key_values.glimpse
+pipe = transformers.pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+spoken = pipe(text=[message], max_new_tokens=8, return_full_text=False)
+answer = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1]:],
+                                skip_special_tokens=True)[0]
+print(json.dumps({
+    "model": type(model).__module__, "processor": type(processor).__module__,
+    "own_package": "modeling_glimpseprune" in sys.modules or "glimpseprune" in sys.modules,
+    "kept": record.kept, "total": record.total, "answer": answer,
+    "pipeline": spoken[0]["generated_text"]}))
+"""
+
+
+def test_code_files_are_links_and_complete():
+    shipped = {path.name for path in CODE.glob("*.py")} - {"__init__.py"}
+    links = {path.name: path for path in TINY_MODEL.glob("*.py")}
+    assert set(links) == shipped
+    for name, link in links.items():
+        assert link.is_symlink() and link.resolve() == (CODE / name).resolve()
+
+
+def test_repository_is_at_most_twelve_megabytes():
+    size = sum(path.stat().st_size for path in TINY_MODEL.iterdir() if path.suffix != ".py")
+    assert size <= 12_000_000
+
+
+def auto_model_names() -> list[str]:
+    return ["AutoModelForImageTextToText"] + ([] if TRANSFORMERS_5 else ["AutoModelForVision2Seq"])
+
+
+@pytest.mark.parametrize("auto_model", auto_model_names())
+def test_loads_and_answers_in_a_fresh_process(auto_model, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    site = str(Path(transformers.__file__).parents[1])
+    environment |= {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")}
+    completed = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, TINY_MODEL, SAMPLE_PAGE, auto_model],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    found = json.loads(completed.stdout.splitlines()[-1])
+    assert found["model"].startswith("transformers_modules")
+    assert found["processor"].startswith("transformers_modules")
+    assert not found["own_package"]
+    assert 0 < found["kept"] < found["total"]
+    assert found["answer"] == found["pipeline"] != ""

@@ -5,8 +5,11 @@ These are the only weights GlimpsePrune adds to its base (paper, sections 3.1 an
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .importance_predictor import RMSNorm, TokenGroup, VisualImportancePredictor
+
+logger = logging.get_logger(__name__)
 
 
 class GlimpseToken(nn.Module):
@@ -68,6 +71,17 @@ class Glimpse(nn.Module):
             config, text_config.num_attention_heads, vision_size
         )
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
+        self.declared_untrained = False
+
+    def declare_untrained(self) -> None:
+        """Note, and say once, that some of these weights did not come from training."""
+        self.trained.fill_(False)
+        if not self.declared_untrained:
+            logger.warning(
+                "The glimpse weights are new or incomplete: this model refuses to prune until they "
+                "are trained (glimpseprune train-stage1). prune=False and visual_keep_mask work."
+            )
+        self.declared_untrained = True
 
     def read_attention(self, logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Turn one layer's scaled products into the predictor's input.

@@ -14,7 +14,7 @@ class GlimpsePruneQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
             ValueError: when an image has no pixels, or images and placeholders differ in number.
         """
         if images is not None:
-            flat_images = make_flat_list_of_images(images)
+            flat_images = make_flat_list_of_images(self.image_processor.fetch_images(images))
             for index, image in enumerate(flat_images):
                 check_has_pixels(image, index)
             if text is not None:

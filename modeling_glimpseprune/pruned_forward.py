@@ -23,6 +23,10 @@ from .pruned_cache import adopt_layers, pruned_layer, slot_mask
 from .selection import select_visual_tokens
 from .visual_tokens import VisualTokens
 
+UNTRAINED = (
+    "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens to "
+    "prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use prune=False"
+)
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
@@ -590,11 +594,7 @@ def _kept_counts(
     known = torch.cat([keep.sum(1), trained, all_real, last_visual])
     *counts, trained, all_real, last_visual = known.tolist()
     if not trained and request.visual_keep_mask is None:
-        raise ValueError(
-            "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens "
-            "to prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use "
-            "prune=False"
-        )
+        raise ValueError(UNTRAINED)
     return counts, bool(all_real), last_visual
 
 

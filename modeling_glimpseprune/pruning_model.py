@@ -3,30 +3,41 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
-from .pruned_forward import PruneRequest
+from .pruned_forward import UNTRAINED, PruneRequest
 from .visual_tokens import VisualFeatures, collect_visual_tokens
-
-logger = logging.get_logger(__name__)
 
 
 class GlimpseWeightsMixin:
     """Initialisation of the added weights; a checkpoint that lacks any of them is untrained."""
 
+    def glimpse_module(self) -> Glimpse:
+        """The module whose weights are added to the base."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As the stock method; weights that a checkpoint lacks make the glimpse untrained.
+
+        transformers 4 fills missing weights in before it reads the others, `trained` among them.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        glimpse = (loaded[0] if isinstance(loaded, tuple) else loaded).glimpse_module()
+        if glimpse.declared_untrained:
+            glimpse.trained.fill_(False)
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
+        """Called for fresh modules and, when loading, for those the checkpoint lacks weights of."""
         super()._init_weights(module)
         if isinstance(module, GlimpseToken):
             nn.init.normal_(module.embeddings, std=self.config.get_text_config().initializer_range)
-        if isinstance(module, Glimpse):
-            module.trained.fill_(False)
-            logger.warning_once(
-                "The glimpse weights are new or incomplete: this model refuses to prune until they "
-                "are trained (glimpseprune train-stage1). prune=False and visual_keep_mask work."
-            )
+        glimpse = self.glimpse_module()
+        if any(module is part for part in glimpse.modules()):
+            glimpse.declare_untrained()
 
 
 class PruningModelMixin(GlimpseWeightsMixin):
@@ -39,6 +50,9 @@ class PruningModelMixin(GlimpseWeightsMixin):
     config: object
     glimpse: Glimpse
     predictor_window: int | None = None
+
+    def glimpse_module(self) -> Glimpse:
+        return self.glimpse
 
     def merge_visual_features(
         self,
@@ -96,6 +110,9 @@ class PruningModelMixin(GlimpseWeightsMixin):
 class PruningGenerationMixin(GlimpseWeightsMixin):
     """The model users hold: `generate` that prunes, and `glimpse`."""
 
+    def glimpse_module(self) -> Glimpse:
+        return self.model.glimpse
+
     @torch.no_grad()
     def glimpse(self: PreTrainedModel, **inputs) -> GlimpseRecord:
         """Score the visual tokens of a prompt without answering: runs K layers.
@@ -109,10 +126,25 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         Raises:
             ValueError: when the prompt has no visual tokens, or the glimpse weights are untrained.
         """
+        if inputs.get("visual_keep_mask") is None and not self.model.glimpse.trained:
+            raise ValueError(UNTRAINED)
         outputs = self.model(**inputs, prune=True, only_glimpse=True, use_cache=True)
         if not hasattr(outputs.past_key_values, "glimpse"):
             raise ValueError("this prompt has no image or video to glimpse at")
         return outputs.past_key_values.glimpse
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Refuse a prefill in chunks, which cannot know what the question at its end needs."""
+        visual = [model_kwargs.get(name) for name in ("pixel_values", "pixel_values_videos")]
+        has_visual = any(each is not None for each in visual) or model_kwargs.get(
+            "mm_encoder_outputs"
+        )
+        chunked = generation_config.prefill_chunk_size is not None
+        if chunked and has_visual and model_kwargs.get("prune") is not False:
+            raise ValueError("prefill_chunk_size cannot be combined with pruning: use prune=False")
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
 
     def _expand_inputs_for_generation(
         self,

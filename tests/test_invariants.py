@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TRANSFORMERS_5, Batch, Models
 from reference import generate_hidden, run_hidden, score_slowly, select_slowly
+from transformers import DynamicCache
 
 from modeling_glimpseprune.pruned_cache import PrunedLayer
 
@@ -425,6 +426,31 @@ def test_drafted_tokens_change_nothing(shared_models, build_batch, monkeypatch, 
     assert_near(torch.stack(drafted.logits), torch.stack(expected.logits))
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+@torch.no_grad()
+def test_cached_equals_uncached(shared_models, build_batch, name):
+    """Without a cache every step runs the prompt again, and must prune it as the first did."""
+    model, batch = shared_models(8).pruned, build_batch(PROMPTS[name])
+    importance = model.glimpse(**batch.inputs).importance
+    settings = {"prune_threshold": threshold_that_keeps(importance, 0.4)}
+    expected = generate(model, batch.inputs, **settings)
+    assert_same_output(generate(model, batch.inputs, use_cache=False, **settings), expected, 1e-4)
+    given = generate(model, batch.inputs, past_key_values=DynamicCache(), **settings)
+    assert_same_output(given, expected)
+
+
+@torch.no_grad()
+def test_a_prompt_without_padding_needs_no_attention_mask(shared_models, build_batch):
+    model, batch = shared_models(8).pruned, build_batch(PROMPTS["several_images"])
+    inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+    expected = model(**batch.inputs, max_keep_ratio=0.4).logits
+    assert_near(model(**inputs, max_keep_ratio=0.4).logits, expected, 1e-5)
+    assert_same_output(
+        generate(model, inputs, max_keep_ratio=0.4),
+        generate(model, batch.inputs, max_keep_ratio=0.4),
+    )
+
+
 def decode(model, inputs: dict, num_tokens: int, explicit_positions: bool, **prefill):
     """Yield the logits of each greedy step, calling `forward` by hand."""
     outputs = model(**inputs, use_cache=True, **prefill)
@@ -535,12 +561,11 @@ def training_inputs(batch: Batch, output, lengths: list[int]) -> dict:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("with_boundary", [True, False])
+@pytest.mark.parametrize("boundary", ["prompt_length", "labels", "logits_to_keep"])
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
-def test_training_forward_repeats_the_scores(
-    shared_models, build_batch, name, with_boundary, sampled
-):
+def test_training_forward_repeats_the_scores(shared_models, build_batch, name, boundary, sampled):
+    """However the boundary of the prompt is told: by itself, by labels, or as trl does."""
     model, batch = shared_models(10).pruned, build_batch(PROMPTS[name])
     importance = model.glimpse(**batch.inputs).importance
     settings = {"prune_threshold": threshold_that_keeps(importance, 0.4)}
@@ -549,16 +574,41 @@ def test_training_forward_repeats_the_scores(
     lengths = [6, 3, 5][: len(batch.rows)]
     inputs = training_inputs(batch, output, lengths)
     prompt_length = batch.inputs["input_ids"].shape[1]
-    boundary = {"prompt_length": prompt_length} if with_boundary else {}
-    outputs = model(**inputs, **settings, **boundary)
+    told = {"prompt_length": prompt_length, "logits_to_keep": max(lengths) + 1}
+    if boundary != "labels":
+        del inputs["labels"]
+        settings |= {boundary: told[boundary]}
+    outputs = model(**inputs, **settings)
     losses = []
     for row, length in enumerate(lengths):
-        of_row = outputs.logits[row, prompt_length - 1 : prompt_length - 1 + length]
+        of_row = outputs.logits[row, -max(lengths) - 1 :][:length]
         expected = step_logits(output, row)[:length].log_softmax(-1)
         assert_near(of_row.log_softmax(-1), expected)
         tokens = completion_of(output, batch, row)[:length]
         losses.append(-expected.gather(1, tokens[:, None]))
-    assert_near(outputs.loss, torch.cat(losses).mean())
+    if boundary == "labels":
+        assert_near(outputs.loss, torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@torch.no_grad()
+def test_scoring_in_place_leaves_the_prompt_alone(shared_models, build_batch, name):
+    """Stage 1 keeps every token: the prompt never sees the glimpse token, the answer does."""
+    models, batch = shared_models(10), build_batch(PROMPTS[name])
+    output = generate(models.stock, batch.inputs, 4)
+    inputs = training_inputs(batch, output, [4, 2, 3][: len(batch.rows)])
+    outputs = models.pruned(**inputs, in_place=True)
+    expected = models.stock(**inputs)
+    prompt_length = batch.inputs["input_ids"].shape[1]
+    real = batch.inputs["attention_mask"].bool()
+    assert outputs.logits.shape == expected.logits.shape
+    assert_near(outputs.logits[:, :prompt_length][real], expected.logits[:, :prompt_length][real])
+    seen = batch.visual_counts.index(max(batch.visual_counts))
+    change = (outputs.logits - expected.logits)[seen, prompt_length : prompt_length + 2]
+    assert change.abs().amax(-1).min() > 1e-3
+    importance = models.pruned.glimpse(**batch.inputs).importance
+    scored = models.pruned(**inputs, in_place=True, use_cache=True).past_key_values.glimpse
+    assert_near(scored.importance, importance)
 
 
 def gradients_of(model) -> dict[str, torch.Tensor]:

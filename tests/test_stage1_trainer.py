@@ -16,6 +16,7 @@ from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 
 from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5, VisualCoTCollator
+from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
 from glimpseprune.training.base import load_for_training, start_glimpse_as
 from glimpseprune.training.repository import vacant_sibling
@@ -23,6 +24,7 @@ from glimpseprune.training.stage1 import last_checkpoint, train_stage1
 from glimpseprune.training.stage1_config import Stage1Config, load_recipe, parse_override
 from glimpseprune.training.stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures
 from glimpseprune.training.stage1_trainer import GLIMPSE_WEIGHTS, Stage1Trainer
+from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GLIMPSE = {
@@ -42,6 +44,12 @@ assert "glimpseprune" not in sys.modules and "modeling_glimpseprune" not in sys.
 record = model.glimpse(**torch.load(inputs))
 torch.save((record.importance, record.keep_mask), inputs)
 """
+
+
+@pytest.fixture(autouse=True)
+def no_mixed_precision(monkeypatch):
+    """transformers 4 leaves the precision of one run's settings to the next."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +229,37 @@ def test_override_needs_a_value():
         parse_override("seed")
 
 
-def test_shipped_recipes_are_valid():
-    for path in sorted((REPOSITORY / "recipes").glob("stage1*.yaml")):
-        recipe = load_recipe(path, {"base": "b", "data": "d", "output": "o"})
-        assert isinstance(recipe.training_config(), Stage1Config)
+@pytest.mark.parametrize(
+    ("name", "num_layers", "expected"),
+    [
+        ("stage1_qwen2_5_vl_3b", 36, (23, [31, 23, 15, 7], 256, 512, 4, "logits", 0.5, 1)),
+        ("stage1_qwen2_5_vl_7b", 28, (18, [31, 23, 15, 7], 256, 512, 4, "logits", 0.5, 1)),
+    ],
+)
+def test_official_recipes(name, num_layers, expected):
+    given = {"data": "d", "output": "o", "training.bf16": False}
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", given)
+    training = recipe.training_config()
+    assert (training.dice_weight, training.bce_weight, training.answer_weight) == (1.0, 0.1, 1.0)
+    assert (training.learning_rate, training.lr_scheduler_type) == (1e-4, "cosine")
+    assert (training.warmup, training.per_device_train_batch_size) == (0.1, 8)
+    assert (training.num_train_epochs, recipe.max_questions) == (1, 20_000)
+    sizes = {"text_config": {"num_hidden_layers": num_layers}, "vision_config": {"depth": 32}}
+    config = GlimpsePruneQwen2_5_VLConfig(**sizes, **recipe.glimpse)
+    names = "glimpse_layer vision_layers predictor_hidden_size predictor_condition_size"
+    names += " predictor_num_heads attention_scores prune_threshold min_keep_tokens"
+    assert tuple(getattr(config, field) for field in names.split()) == expected
+    assert config.glimpse_embedding_layers == list(range(num_layers))
+
+
+def test_tiny_recipe_fits_the_tiny_base():
+    given = {"base": "b", "data": "d", "output": "o", "training.bf16": False}
+    recipe = load_recipe(REPOSITORY / "recipes" / "stage1_tiny.yaml", given)
+    assert isinstance(recipe.training_config(), Stage1Config)
+    sizes = tiny_config(build_processor()).to_dict()
+    GlimpsePruneQwen2_5_VLConfig(
+        text_config=sizes["text_config"], vision_config=sizes["vision_config"], **recipe.glimpse
+    )
 
 
 def test_base_is_the_stock_model_with_a_fresh_glimpse(base):
@@ -361,6 +396,21 @@ def test_only_glimpse_weights_change_and_the_loss_falls(make_recipe, base):
     assert trained["model.glimpse.trained"]
     assert summary["questions"] == 6 and summary["steps"] == 60
     assert json.loads((Path(recipe.output) / "training_summary.json").read_text()) == summary
+
+
+def test_mixed_precision_trains_float32_weights_on_a_bfloat16_base(make_recipe, base, tmp_path):
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.bfloat16)
+    stock.save_pretrained(tmp_path / "half")
+    build_processor().save_pretrained(tmp_path / "half")
+    settings = {"base": str(tmp_path / "half"), "training.bf16": True, "training.save_steps": 4}
+    recipe = make_recipe(**settings)
+    train_stage1(recipe)
+    checkpoint = load_file(last_checkpoint(recipe.checkpoint_folder) / GLIMPSE_WEIGHTS)
+    assert checkpoint["token.embeddings"].dtype == torch.float32
+    saved = weights_of(recipe)
+    rounded = checkpoint["token.embeddings"].bfloat16()
+    assert torch.equal(saved["model.glimpse.token.embeddings"], rounded)
+    assert torch.equal(saved["lm_head.weight"], stock.lm_head.weight)
 
 
 def test_validation_figures_are_means_over_all_questions(make_recipe, base, data):

@@ -24,7 +24,7 @@ model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=Tr
 processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 message = {"role": "user", "content": [
     {"type": "image", "image": Image.open(page).convert("RGB")},
-    {"type": "text", "text": "What is the value of KQ?"}]}
+    {"type": "text", "text": "What is the value of CS?"}]}
 inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True,
                                        return_dict=True, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)

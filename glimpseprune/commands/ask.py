@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-SAMPLE_QUESTION = "What is the value of KQ?"
+SAMPLE_QUESTION = "What is the value of CS?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

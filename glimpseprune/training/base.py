@@ -116,7 +116,7 @@ def start_glimpse_as(model: PreTrainedModel, processor: ProcessorMixin, text: st
     token.projection.weight.copy_(torch.eye(len(embedding)))
     token.projection.bias.zero_()
     token.embeddings[0] = embedding
-    token.norm.weight.fill_(embedding.square().mean().sqrt().item())
+    token.norm.weight.fill_((embedding.square().mean() + token.norm.eps).sqrt().item())
 
 
 def _family(source: str) -> tuple[Family, dict]:

@@ -68,7 +68,7 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started
-    metrics = trainer.evaluate() if validation is not None else _last_logged(trainer)
+    metrics = _final_metrics(trainer)
     if not trainer.is_world_process_zero():
         return None
     summary = _summary(recipe, trainer, metrics, seconds)
@@ -107,10 +107,15 @@ def _dataset(recipe: Stage1Recipe, path: str) -> VisualCoTDataset:
     return VisualCoTDataset(rows, recipe.questions_per_image)
 
 
-def _last_logged(trainer: Stage1Trainer) -> dict[str, float]:
-    """The training figures logged last."""
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return logged[-1] if logged else {}
+def _final_metrics(trainer: Stage1Trainer) -> dict[str, float]:
+    """Figures on held-out questions after the last step, else the training figures logged last."""
+    key = "loss" if trainer.eval_dataset is None else "eval_loss"
+    logged = [entry for entry in trainer.state.log_history if key in entry]
+    if trainer.eval_dataset is None:
+        return logged[-1] if logged else {}
+    if logged and logged[-1]["step"] == trainer.state.global_step:
+        return logged[-1]
+    return trainer.evaluate()
 
 
 def _summary(

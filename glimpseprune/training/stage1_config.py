@@ -54,8 +54,9 @@ class Stage1Config(TrainingArguments):
             raise ValueError(f"warmup must lie in [0, 1], got {self.warmup}")
         if self.bf16 == "auto":
             self.bf16 = computes_in_bfloat16()
-        if not torch.cuda.is_available() and self.bf16:
-            self.use_cpu = True
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+            self.use_cpu = self.use_cpu or self.bf16  # bfloat16 elsewhere is refused unless asked
         if TRANSFORMERS_5:
             self.warmup_steps = self.warmup_steps or self.warmup
         else:

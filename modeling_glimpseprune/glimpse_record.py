@@ -5,8 +5,26 @@ from dataclasses import dataclass
 import torch
 
 
+class KeptCounts:
+    """What a keep mask amounts to."""
+
+    keep_mask: torch.Tensor
+
+    @property
+    def kept(self) -> int:
+        return int(self.keep_mask.sum())
+
+    @property
+    def total(self) -> int:
+        return self.keep_mask.numel()
+
+    @property
+    def retention(self) -> float:
+        return self.kept / self.total
+
+
 @dataclass
-class VisualRecord:
+class VisualRecord(KeptCounts):
     """One image or video of the prompt.
 
     Attributes:
@@ -23,21 +41,9 @@ class VisualRecord:
     keep_mask: torch.Tensor
     grid: tuple[int, int, int]
 
-    @property
-    def kept(self) -> int:
-        return int(self.keep_mask.sum())
-
-    @property
-    def total(self) -> int:
-        return self.keep_mask.numel()
-
-    @property
-    def retention(self) -> float:
-        return self.kept / self.total
-
 
 @dataclass
-class GlimpseRecord:
+class GlimpseRecord(KeptCounts):
     """Scores and masks of all visual tokens of a batch, in prompt order, row after row.
 
     Only reading `kept`, `retention` or `visuals` waits for the device.
@@ -59,18 +65,6 @@ class GlimpseRecord:
     geometry: torch.Tensor
     kinds: list[str]
     sizes: list[int]
-
-    @property
-    def kept(self) -> int:
-        return int(self.keep_mask.sum())
-
-    @property
-    def total(self) -> int:
-        return self.keep_mask.numel()
-
-    @property
-    def retention(self) -> float:
-        return self.kept / self.total
 
     @property
     def visuals(self) -> list[VisualRecord]:

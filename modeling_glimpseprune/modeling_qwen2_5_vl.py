@@ -155,7 +155,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
                 compact_output=compact_output,
             )
         elif pruned_layer(past_key_values) is not None:
-            position_ids = self._decoding_positions(position_ids, inputs_embeds, past_key_values)
+            position_ids = self._decoding_positions(inputs_embeds, past_key_values)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -185,16 +185,12 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
                 masks[kind] = found[index][..., 0]
         return masks
 
-    def _decoding_positions(
-        self, position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: Cache
-    ) -> torch.Tensor:
+    def _decoding_positions(self, inputs_embeds: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Positions of new tokens from the cache, not from `rope_deltas` of the last prefill.
 
-        transformers 4 takes them from there even in `generate`, where interleaved generations
-        would disturb each other.
+        The stock model keeps those on the module, where generations disturb each other: at every
+        step on transformers 4, at the start of a later turn on transformers 5.
         """
-        if position_ids is not None and TRANSFORMERS_5:
-            return position_ids
         layer = pruned_layer(cache)
         start = layer.get_seq_length()
         steps = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)

@@ -260,7 +260,7 @@ class PrunedForwardMixin:
         prompt_positions = position_ids[..., :prompt_length].reshape(
             -1, len(inputs_embeds), prompt_length
         )
-        next_position = prompt_positions.amax(dim=(0, 2)) + 1
+        next_position = prompt_positions[..., -1].amax(dim=0) + 1
         inputs_embeds, position_ids = inputs_embeds[:, part], position_ids[..., part]
         place = prompt_length - part.start
         past = cache.layers[0]

@@ -153,7 +153,11 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        """Repeat the keep mask row by row, as images are; the stock method repeats elements."""
+        """Repeat the keep mask row by row, as images are, and note where the prompt ends.
+
+        The stock method repeats a tensor's elements. The end of the prompt matters where later
+        steps run it again: without a cache, or with candidates of assisted decoding behind it.
+        """
         keep_mask = model_kwargs.pop("visual_keep_mask", None)
         if keep_mask is not None and expand_size > 1:
             visual = self.model.visual_token_ids
@@ -165,6 +169,10 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         )
         if keep_mask is not None:
             model_kwargs["visual_keep_mask"] = keep_mask
+        cache = model_kwargs.get("past_key_values")
+        starts = cache is None or cache.get_seq_length() == 0
+        if starts and input_ids is not None and input_ids.shape[1] > 0:
+            model_kwargs["prompt_length"] = input_ids.shape[1]
         return input_ids, model_kwargs
 
 

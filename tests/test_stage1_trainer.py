@@ -12,7 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    set_seed,
+)
 
 from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5, VisualCoTCollator
@@ -550,7 +555,7 @@ def test_repository_reloads_in_a_fresh_process(make_recipe, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(make_recipe):
+def test_two_processes_equal_one(make_recipe, base):
     """Two processes with two questions each take the step of one process with four.
 
     Plain gradient descent, as Adam's first step magnifies rounding; and without the answer loss,
@@ -571,3 +576,7 @@ def test_two_processes_equal_one(make_recipe):
     expected, found = weights_of(alone), weights_of(pair)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
+    set_seed(3)
+    fresh = load_for_training(str(base), GLIMPSE)[0].state_dict()
+    moved = [(fresh[name] - found[name]).abs().max() for name in fresh if "glimpse.token" in name]
+    assert max(moved) > 1e-4

@@ -16,7 +16,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 if [ ! -d "$transformers_4/transformers" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
         --target "$transformers_4" \
-        'transformers==4.57.6' 'huggingface-hub>=0.34,<1' 'tokenizers>=0.22,<0.23'
+        'transformers==4.57.6' 'huggingface-hub>=0.34,<1' 'tokenizers>=0.22,<0.23' \
+        'datasets==3.6.0'
 fi
 
 "$venv/bin/ruff" check .
@@ -25,4 +26,4 @@ workers=(-n "$(nproc)")
 echo "== transformers 5"
 "$python" -m pytest "${workers[@]}" "$@"
 echo "== transformers 4.57"
-PYTHONPATH="$transformers_4" "$python" -m pytest "${workers[@]}" "$@"
+PYTHONPATH="$PWD/$transformers_4" "$python" -m pytest "${workers[@]}" "$@"

@@ -17,9 +17,11 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
+from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse
-from .glimpse_record import GlimpseRecord  # noqa: F401
+from .glimpse_record import VisualRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .layer_outputs import LayerOutputs  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments

@@ -12,9 +12,11 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
+from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .layer_outputs import LayerOutputs  # noqa: F401
 from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin  # noqa: F401

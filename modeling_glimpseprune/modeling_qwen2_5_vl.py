@@ -16,9 +16,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .layer_outputs import LayerOutputs  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments

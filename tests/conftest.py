@@ -138,7 +138,7 @@ def build_batch(prompts: list[list], seed: int = 0) -> Batch:
     visual_counts = [
         sum(math.prod(part) for part in parts if isinstance(part, tuple)) for parts in prompts
     ]
-    return Batch(_pad_together(rows), rows, visual_counts)
+    return Batch(pad_together(rows), rows, visual_counts)
 
 
 def _build_row(parts: list, generator: torch.Generator) -> dict:
@@ -171,7 +171,8 @@ def _token_types(input_ids: torch.Tensor) -> torch.Tensor:
     return (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()
 
 
-def _pad_together(rows: list[dict]) -> dict:
+def pad_together(rows: list[dict]) -> dict:
+    """Inputs of a batch from those of its prompts."""
     length = max(row["input_ids"].shape[1] for row in rows)
     inputs = {}
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):

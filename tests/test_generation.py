@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FIRST_SPECIAL_TOKEN, Batch, Models
+from conftest import FIRST_SPECIAL_TOKEN, Batch, Models, pad_together
 from reference import (
     PIXEL_INPUTS,
     allowed_attention,
@@ -120,25 +120,17 @@ def test_beam_sampling_equals_the_uncached_one(shared_models, build_batch):
 @torch.no_grad()
 def test_assisted_decoding_equals_hidden(shared_models, build_batch, drafter):
     """A draft model proposes, and the pruned cache is cropped where the model disagrees."""
-    models, batch = shared_models(21), build_batch(ONE)
-    keep = random_keep(batch)
+    models = shared_models(21, glimpse={"max_keep_ratio": 0.4})
+    batch = build_batch(ONE)
     assistant = copy.deepcopy(getattr(models, drafter))
     weight = assistant.lm_head.weight
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.data[:FIRST_SPECIAL_TOKEN] += 0.1 * noise[:FIRST_SPECIAL_TOKEN]
     assistant.generation_config.num_assistant_tokens = 4
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    settings = {} if drafter == "stock" else {"visual_keep_mask": keep}
-    if drafter == "stock":
-        models.pruned.config.prune_threshold, before = 0.6, models.pruned.config.prune_threshold
-        importance = models.pruned.glimpse(**batch.inputs).keep_mask
-        keep = importance
-    output = generate(
-        models.pruned, batch.inputs, 12, assistant_model=assistant, eos_token_id=199, **settings
-    )
-    if drafter == "stock":
-        models.pruned.config.prune_threshold = before
-    assert_equals_reference(models, batch, output, [keep])
+    drafting = {"assistant_model": assistant, "eos_token_id": 199}  # 4.57 needs the latter
+    output = generate(models.pruned, batch.inputs, 12, **drafting)
+    assert_equals_reference(models, batch, output, [output.past_key_values.glimpse.keep_mask])
 
 
 @pytest.mark.feature("constraints")
@@ -229,13 +221,14 @@ def test_embeddings_may_stand_for_ids(shared_models, build_batch, name):
     ids = {"input_ids": batch.inputs["input_ids"], "position_ids": plain.expand(3, -1, -1)}
     logits = models.pruned(**inputs, **ids, visual_keep_mask=keep, logits_to_keep=1).logits[:, -1]
     assert_near(pruned.logits[0], logits)
-    for step in range(1, 3):
-        tokens = torch.stack(pruned.logits[:step]).argmax(-1).T
-        assert torch.equal(pruned.sequences[:, :step], tokens)
-    uncached = generate(
+    together = generate(
         models.pruned, inputs, inputs_embeds=embeddings, visual_keep_mask=keep, num_beams=2
     )
-    assert uncached.sequences.shape == pruned.sequences.shape
+    for row, (prompt, mask) in enumerate(zip(batch.rows, batch.split(keep), strict=True)):
+        alone = {key: value for key, value in prompt.items() if key != "mm_token_type_ids"}
+        alone["inputs_embeds"] = models.stock.get_input_embeddings()(alone.pop("input_ids"))
+        beams = generate(models.pruned, alone, visual_keep_mask=mask, num_beams=2)
+        assert torch.equal(beams.sequences[0], together.sequences[row])
 
 
 @pytest.mark.feature("right padding")
@@ -362,6 +355,143 @@ def test_an_own_glimpse_leaves_no_trace_in_the_layers(shared_models, build_batch
 
 
 # Caches and turns.
+
+
+def conversation(first: Batch, second: Batch, answers: torch.Tensor) -> Batch:
+    """Both turns as one prompt: the first, what was said, and the second behind it."""
+    rows, counts = [], []
+    for row, (before, after) in enumerate(zip(first.rows, second.rows, strict=True)):
+        said = {"input_ids": answers[row : row + 1], "attention_mask": None}
+        joined = {}
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in before:
+                middle = said["input_ids"]
+                if name != "input_ids":
+                    middle = torch.full_like(middle, name == "attention_mask")
+                joined[name] = torch.cat([before[name], middle.to(before[name]), after[name]], 1)
+        for name in PIXEL_INPUTS:
+            parts = [turn[name] for turn in (before, after) if name in turn]
+            if parts:
+                joined[name] = torch.cat(parts)
+        rows.append(joined)
+        counts.append(first.visual_counts[row] + second.visual_counts[row])
+    return Batch(pad_together(rows), rows, counts)
+
+
+TURNS = {
+    "image after image": ([[3, (3, 4), 4]], [[2, (2, 3), 3]]),
+    "image after text": ([[5]], [[2, (2, 3), 3]]),
+    "images in a batch": ([[3, (2, 3), 4], [2, (1, 2), 3, (2, 2), 1]], [[1, (2, 2), 3]] * 2),
+    "image after a text-only row": ([[7], [1, (2, 2), 2]], [[(3, 2), 2], [(2, 3), 2]]),
+    "text after images": ([[3, (2, 3), 4], [2, (1, 2), 5]], [[3], [3]]),
+    "video after image": ([[3, (3, 4), 4]], [[2, (2, 2, 2), 3]]),
+}
+
+
+@pytest.mark.feature("later turns with new images")
+@pytest.mark.parametrize("given", ["all visuals", "new visuals"])
+@pytest.mark.parametrize("name", TURNS)
+@torch.no_grad()
+def test_a_new_image_on_a_later_turn_equals_hidden(shared_models, build_batch, name, given):
+    """The new image is pruned, the old one stays pruned; what is dropped late was seen before."""
+    models = shared_models(30, glimpse={"glimpse_layer": 1})
+    first, second = (build_batch(turn, seed) for seed, turn in enumerate(TURNS[name]))
+    keeps = [random_keep(first), random_keep(second, 1)]
+    start = generate(models.pruned, first.inputs, 3, visual_keep_mask=keeps[0])
+    answers = start.sequences[:, first.inputs["input_ids"].shape[1] :]
+    both = conversation(first, second, answers)
+    inputs = follow(first, second, start, both if given == "all visuals" else second)
+    generate(models.pruned, build_batch([[(4, 4), 9]] * 3).inputs, 2)  # leaves its own positions
+    later = {"visual_keep_mask": keeps[1]} if second.num_visual else {}
+    output = generate(models.pruned, inputs, 4, **later)
+    for row, prompt in enumerate(both.rows):
+        of_row = [keep[row] for keep in (first.split(keeps[0]), second.split(keeps[1]))]
+        assert_equals_two_turns(models, prompt, first.rows[row], of_row, output, row)
+
+
+def follow(first: Batch, second: Batch, start, visuals: Batch) -> dict:
+    """Inputs of a later turn over the cache of an answer."""
+    inputs = {"past_key_values": start.past_key_values}
+    inputs["input_ids"] = torch.cat([start.sequences, second.inputs["input_ids"]], dim=1)
+    said = start.sequences.shape[1] - first.inputs["input_ids"].shape[1]
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in first.inputs:
+            before = torch.nn.functional.pad(
+                first.inputs[name], (0, said), value=int(name == "attention_mask")
+            )
+            inputs[name] = torch.cat([before, second.inputs[name]], dim=1)
+    return inputs | {name: visuals.inputs[name] for name in PIXEL_INPUTS if name in visuals.inputs}
+
+
+def assert_equals_two_turns(models: Models, prompt, first_prompt, keeps, output, row: int) -> None:
+    """Logits of a second answer against the stock model with each turn's dropped tokens hidden.
+
+    The first turn's are hidden from everything behind it; the second's from what is behind the
+    second turn, and above the glimpse layer from the second turn itself.
+    """
+    stock, layer = models.stock, models.pruned.config.glimpse_layer
+    steps = step_logits(output, row)
+    completion = output.sequences[row, -len(steps) :]
+    input_ids = torch.cat([prompt["input_ids"], completion[None, :-1]], dim=1)
+    length, prompt_length = input_ids.shape[1], prompt["input_ids"].shape[1]
+    first_length = first_prompt["input_ids"].shape[1]
+    dropped = torch.zeros(length, dtype=torch.bool)
+    dropped[:prompt_length] = dropped_positions(stock, prompt, torch.cat(keeps))
+    in_first = torch.arange(length) < first_length
+    masks = []
+    for index in range(stock.config.get_text_config().num_hidden_layers):
+        of_first = allowed_attention(dropped & in_first, first_length, index > layer)
+        of_second = allowed_attention(dropped & ~in_first, prompt_length, index > layer)
+        masks.append(of_first & of_second)
+    pixels = {name: prompt[name] for name in PIXEL_INPUTS if name in prompt}
+    with attention_restricted_to(stock, masks):
+        logits = stock(
+            input_ids=input_ids, position_ids=positions(stock, prompt, length), **pixels
+        ).logits[0]
+    assert_near(steps, logits[prompt_length - 1 :])
+
+
+@pytest.mark.feature("later turns with new images")
+@torch.no_grad()
+def test_an_image_may_be_pruned_after_one_that_was_not(shared_models, build_batch):
+    models = shared_models(30, glimpse={"glimpse_layer": 1})
+    first, second = (build_batch(turn, s) for s, turn in enumerate(TURNS["images in a batch"]))
+    keeps = [torch.ones(first.num_visual, dtype=torch.bool), random_keep(second, 1)]
+    start = generate(models.pruned, first.inputs, 3, prune=False)
+    answers = start.sequences[:, first.inputs["input_ids"].shape[1] :]
+    both = conversation(first, second, answers)
+    generate(models.stock, build_batch([[(4, 4), 9]]).inputs, 2)
+    generate(models.pruned, build_batch([[(4, 4), 9]]).inputs, 2, prune=False)
+    inputs = follow(first, second, start, both)
+    output = generate(models.pruned, inputs, 4, visual_keep_mask=keeps[1])
+    for row, prompt in enumerate(both.rows):
+        of_row = [keep[row] for keep in (first.split(keeps[0]), second.split(keeps[1]))]
+        assert_equals_two_turns(models, prompt, first.rows[row], of_row, output, row)
+
+
+@pytest.mark.feature("later turns with new images")
+@torch.no_grad()
+def test_a_later_turn_takes_its_own_glimpse(shared_models, build_batch):
+    model = shared_models(30, glimpse={"glimpse_layer": 1}).pruned
+    first, second = build_batch(ONE), build_batch([[2, (4, 4), 3]], 1)
+    start = generate(model, first.inputs, 3, max_keep_ratio=0.5)
+    seen = copy.deepcopy(start.past_key_values.glimpse)
+    inputs = follow(first, second, start, second)
+    output = generate(model, inputs, 3, max_keep_ratio=0.25)
+    record = output.past_key_values.glimpse
+    assert seen.total == 12 and record.total == 16 and record.kept <= 4
+    assert [visual.grid for visual in record.visuals] == [(1, 4, 4)]
+    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+
+
+@pytest.mark.feature("later turns with new images")
+def test_visuals_that_belong_nowhere(shared_models, build_batch):
+    model = shared_models(30).pruned
+    first, second = build_batch([[3, (3, 4), 4]]), build_batch([[2, (2, 3), 3]], 1)
+    start = generate(model, first.inputs, 3, max_keep_ratio=0.5)
+    inputs = follow(first, second, start, build_batch([[(1, 2), 1]]))
+    with pytest.raises(ValueError, match="placeholders"):
+        generate(model, inputs, 3)
 
 
 @pytest.mark.feature("a new question without the cache")

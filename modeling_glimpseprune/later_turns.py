@@ -3,7 +3,7 @@
 import torch
 from transformers.cache_utils import Cache
 
-from .pruned_cache import pruned_layer
+from .pruned_cache import PrunedLayer, pruned_layer
 from .pruned_forward import TRANSFORMERS_5
 
 
@@ -42,6 +42,28 @@ def new_visuals(
     return is_new[starts.to(is_new.device)].tolist()
 
 
+def later_positions(
+    layer: PrunedLayer, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Rotary positions `(batch, new tokens)` of tokens after a pruned prompt, from its cache.
+
+    Padding behind the prompt takes no position. Families that keep what they need for it on the
+    module, as Qwen2.5-VL its `rope_deltas`, would let generations disturb each other.
+
+    Args:
+        layer: the cache's first layer.
+        inputs_embeds: `(batch, new tokens, hidden)`.
+        attention_mask: `(batch, past and new tokens)`, or None for all ones.
+    """
+    past, device = layer.get_seq_length(), inputs_embeds.device
+    steps = torch.arange(past, past + inputs_embeds.shape[1], device=device)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        prompt_end = layer.prompt_slots + layer.dropped
+        behind = attention_mask[:, prompt_end:].to(device).long().cumsum(1)
+        steps = prompt_end - 1 + behind[:, -inputs_embeds.shape[1] :]
+    return layer.position_delta.to(device) + steps
+
+
 def first_positions(cache: Cache, attention_mask: torch.Tensor | None) -> torch.Tensor | int:
     """Rotary position of the first token behind a cache, `(batch, 1)` or one for all rows.
 
@@ -53,7 +75,11 @@ def first_positions(cache: Cache, attention_mask: torch.Tensor | None) -> torch.
     """
     past, layer = past_length(cache), pruned_layer(cache)
     if layer is not None:
-        return past + layer.position_delta
+        prompt_end = layer.prompt_slots + layer.dropped
+        if attention_mask is None:
+            return past + layer.position_delta
+        behind = attention_mask[:, prompt_end:past].sum(1, keepdim=True)
+        return prompt_end + behind + layer.position_delta
     tokens = past if attention_mask is None else attention_mask[:, :past].sum(1, keepdim=True)
     rope_deltas = getattr(cache, "rope_deltas", None)
     if rope_deltas is None:

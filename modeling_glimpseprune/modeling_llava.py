@@ -101,7 +101,8 @@ class ClipGenerationMixin(PruningGenerationMixin):
         """
         visual = {}
         if expand_size > 1 and inputs.get("pixel_values") is not None:
-            rows = [len(images) for images in self.model.image_rows(input_ids, **inputs)]
+            new_ids = self.new_placeholders(input_ids, inputs)
+            rows = [len(images) for images in self.model.image_rows(new_ids, **inputs)]
             for name in ("pixel_values", "image_sizes"):
                 if inputs.get(name) is not None:
                     split = inputs.pop(name).split(rows)

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
-from .later_turns import new_visuals, past_length
-from .pruned_cache import PrunedLayer, pruned_layer
+from .later_turns import later_positions, new_visuals, past_length
+from .pruned_cache import pruned_layer
 from .pruned_forward import TRANSFORMERS_5, UNTRAINED, PruneRequest
 from .pruning_arguments import PruningArguments
 from .visual_tokens import VisualFeatures, collect_visual_tokens, tap_outputs
@@ -139,7 +139,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
                 input_ids, position_ids, inputs_embeds, past_key_values, encoded, kwargs
             )
         elif (pruned := pruned_layer(past_key_values)) is not None:
-            position_ids = decoding_positions(pruned, inputs_embeds)
+            position_ids = later_positions(pruned, inputs_embeds, kwargs.get("attention_mask"))
         outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,
             position_ids=position_ids,
@@ -171,7 +171,9 @@ class PruningModelMixin(GlimpseWeightsMixin):
             inputs: its other arguments.
         """
         pruned = pruned_layer(cache)
-        return position_ids if pruned is None else decoding_positions(pruned, inputs_embeds)
+        if pruned is None:
+            return position_ids
+        return later_positions(pruned, inputs_embeds, inputs.get("attention_mask"))
 
     def visual_sizes(self, kind: str, **inputs) -> list[int]:
         """Placeholders of each visual of a kind, from the arguments that describe it."""
@@ -447,8 +449,8 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         """
         keep_mask = model_kwargs.pop("visual_keep_mask", None)
         if keep_mask is not None and expand_size > 1:
-            past = past_length(model_kwargs.get("past_key_values"))
-            counts = self._visual_counts(input_ids[:, past:], model_kwargs)
+            new_ids = self.new_placeholders(input_ids, model_kwargs)
+            counts = self.model.visual_counts(new_ids, **model_kwargs)
             validate_keep_mask(keep_mask, sum(counts))
             keep_mask = torch.cat([row.repeat(expand_size) for row in keep_mask.split(counts)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -460,18 +462,19 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return input_ids, model_kwargs
 
-    def _visual_counts(self, input_ids: torch.LongTensor, inputs: dict) -> list[int]:
-        """Visual tokens of each prompt, which may be given as embeddings instead of ids."""
+    def new_placeholders(self, input_ids: torch.LongTensor, inputs: dict) -> torch.LongTensor:
+        """Ids `(batch, new tokens)` of the tokens that a kept cache does not hold.
+
+        Of prompts given as embeddings only the placeholders are told.
+        """
         embeddings = inputs.get("inputs_embeds")
         if embeddings is None or input_ids.shape[1] > 0:
-            return self.model.visual_counts(input_ids, **inputs)
-        masks = self.model.get_placeholder_mask(None, embeddings)
-        masks = masks if isinstance(masks, tuple) else (masks,)
-        token_ids = self.model.visual_token_ids.tolist()
-        input_ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
-        for mask, token_id in zip(masks, token_ids, strict=True):
-            input_ids[mask[..., 0]] = token_id
-        return self.model.visual_counts(input_ids, **inputs)
+            return input_ids[:, past_length(inputs.get("past_key_values")) :]
+        token_ids = self.model.visual_token_ids.to(embeddings.device)
+        new_ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+        for token_id, vector in zip(token_ids, self.get_input_embeddings()(token_ids), strict=True):
+            new_ids[(embeddings == vector).all(-1)] = token_id
+        return new_ids
 
 
 def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
@@ -488,17 +491,6 @@ def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -
             f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
             f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
         )
-
-
-def decoding_positions(layer: PrunedLayer, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """Rotary positions `(batch, new tokens)` of tokens after a pruned prompt, from its cache.
-
-    Families that keep what they need for it on the module, as Qwen2.5-VL its `rope_deltas`, would
-    let generations disturb each other.
-    """
-    start = layer.get_seq_length()
-    steps = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)
-    return layer.position_delta.to(steps.device) + steps
 
 
 def completion_start(

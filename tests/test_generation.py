@@ -23,12 +23,14 @@ from test_invariants import (
     assert_near,
     assert_same_output,
     completion_of,
+    family,  # noqa: F401
     generate,
     gradients_of,
     step_logits,
     training_inputs,
 )
 
+QWEN_ONLY = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 ONE, RAGGED = PROMPTS["one_image"], PROMPTS["ragged_batch"]
 
 
@@ -100,6 +102,7 @@ def test_sampled_tokens_come_from_the_reference_distribution(shared_models, buil
         assert_near(step_logits(output, row), expected)
 
 
+@QWEN_ONLY
 @pytest.mark.feature("beam sampling")
 @torch.no_grad()
 def test_beam_sampling_equals_the_uncached_one(shared_models, build_batch):
@@ -218,7 +221,9 @@ def test_embeddings_may_stand_for_ids(shared_models, build_batch, name):
     keep = random_keep(batch)
     pruned = generate(models.pruned, inputs, inputs_embeds=embeddings, visual_keep_mask=keep)
     plain = inputs["attention_mask"].cumsum(-1) - 1
-    ids = {"input_ids": batch.inputs["input_ids"], "position_ids": plain.expand(3, -1, -1)}
+    if models.pruned.model.positions_from_ids:
+        plain = plain.expand(3, -1, -1)
+    ids = {"input_ids": batch.inputs["input_ids"], "position_ids": plain}
     logits = models.pruned(**inputs, **ids, visual_keep_mask=keep, logits_to_keep=1).logits[:, -1]
     assert_near(pruned.logits[0], logits)
     together = generate(
@@ -375,7 +380,7 @@ def conversation(first: Batch, second: Batch, answers: torch.Tensor) -> Batch:
                 joined[name] = torch.cat(parts)
         rows.append(joined)
         counts.append(first.visual_counts[row] + second.visual_counts[row])
-    return Batch(pad_together(rows), rows, counts)
+    return Batch(pad_together(rows), rows, counts, first.visuals + second.visuals)
 
 
 TURNS = {
@@ -469,6 +474,7 @@ def test_an_image_may_be_pruned_after_one_that_was_not(shared_models, build_batc
         assert_equals_two_turns(models, prompt, first.rows[row], of_row, output, row)
 
 
+@QWEN_ONLY
 @pytest.mark.feature("later turns with new images")
 @torch.no_grad()
 def test_a_later_turn_takes_its_own_glimpse(shared_models, build_batch):
@@ -489,7 +495,7 @@ def test_visuals_that_belong_nowhere(shared_models, build_batch):
     model = shared_models(30).pruned
     first, second = build_batch([[3, (3, 4), 4]]), build_batch([[2, (2, 3), 3]], 1)
     start = generate(model, first.inputs, 3, max_keep_ratio=0.5)
-    inputs = follow(first, second, start, build_batch([[(1, 2), 1]]))
+    inputs = follow(first, second, start, build_batch([[(1, 1), (1, 1), (1, 1), 1]]))
     with pytest.raises(ValueError, match="placeholders"):
         generate(model, inputs, 3)
 
@@ -539,6 +545,7 @@ def test_a_static_cache_is_refused(shared_models, build_batch):
     assert_same_output(unpruned, generate(models.stock, batch.inputs, 2))
 
 
+@QWEN_ONLY
 @pytest.mark.feature("torch.compile")
 @torch.no_grad()
 def test_compiled_decoding_equals_hidden(build_models, build_batch):
@@ -555,6 +562,7 @@ def test_compiled_decoding_equals_hidden(build_models, build_batch):
 # Attention implementations.
 
 
+@QWEN_ONLY
 @pytest.mark.feature("flex_attention")
 def test_flex_attention_is_refused_as_in_the_stock_model(shared_models):
     for model in shared_models(24):
@@ -586,6 +594,7 @@ def test_half_precision_stays_near(build_models, build_batch, dtype):
     assert generate(model, batch.inputs).past_key_values.layers[0].keys.dtype == dtype
 
 
+@QWEN_ONLY
 @pytest.mark.feature("device_map, disk offload")
 @torch.no_grad()
 def test_layers_on_disk_equal_hidden(build_models, build_batch, tmp_path):
@@ -697,6 +706,7 @@ def test_a_reloaded_model_is_the_same(shared_models, build_batch, tmp_path):
 # Nothing is left behind.
 
 
+@QWEN_ONLY
 @pytest.mark.feature("threads")
 @torch.no_grad()
 def test_eight_threads_share_a_model(shared_models, build_batch):
@@ -737,13 +747,14 @@ def test_an_error_half_way_leaves_the_model_usable(shared_models, build_batch, p
     model, batch = shared_models(24).pruned, build_batch(RAGGED)
     settings = {"max_keep_ratio": 0.4}
     expected = generate(model, batch.inputs, **settings)
+    hooks_before = [len(module._forward_hooks) for module in model.model.tapped_modules()]
 
     def fail(*args):
         raise Interruption
 
     hooks, processors = [], []
     if place == "vision encoder":
-        hooks.append(model.model.visual.blocks[-1].register_forward_hook(fail))
+        hooks.append(model.model.tapped_modules()[0].register_forward_hook(fail))
     elif place == "prefill":
         hooks.append(model.model.language_model.layers[-1].mlp.register_forward_hook(fail))
     else:
@@ -758,5 +769,6 @@ def test_an_error_half_way_leaves_the_model_usable(shared_models, build_batch, p
         generate(model, batch.inputs, logits_processor=processors, **settings)
     for hook in hooks:
         hook.remove()
-    assert not any(block._forward_hooks for block in model.model.visual.blocks)
+    hooks_after = [len(module._forward_hooks) for module in model.model.tapped_modules()]
+    assert hooks_after == hooks_before
     assert_same_output(generate(model, batch.inputs, **settings), expected)

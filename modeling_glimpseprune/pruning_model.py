@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
@@ -427,10 +428,21 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         return given or bool(inputs.get("mm_encoder_outputs"))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Refuse a prefill in chunks, which cannot know what the question at its end needs."""
-        chunked = generation_config.prefill_chunk_size is not None
-        if chunked and self._visuals(model_kwargs) and model_kwargs.get("prune") is not False:
+        """Refuse what cannot be pruned, and forget the prompt's end where a cache remembers it.
+
+        A prefill in chunks cannot know what the question at its end needs; a static cache has no
+        room that pruning could free.
+        """
+        prunes = self._visuals(model_kwargs) and model_kwargs.get("prune") is not False
+        if prunes and generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size cannot be combined with pruning: use prune=False")
+        if prunes and generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            raise ValueError(
+                f"a {generation_config.cache_implementation} cache cannot be pruned: use the "
+                "default DynamicCache, or prune=False"
+            )
+        if generation_config.use_cache:
+            model_kwargs.pop("prompt_length", None)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
@@ -458,7 +470,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         )
         if keep_mask is not None:
             model_kwargs["visual_keep_mask"] = keep_mask
-        if model_kwargs.get("use_cache") is False and input_ids.shape[1] > 0:
+        if input_ids.shape[1] > 0:
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return input_ids, model_kwargs
 

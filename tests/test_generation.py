@@ -243,7 +243,9 @@ def test_right_padded_prompts_are_refused(shared_models, build_batch):
     inputs = dict(batch.inputs)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         if name in inputs:
-            inputs[name] = inputs[name].flip(1)
+            padding = [int((~mask.bool()).sum()) for mask in batch.inputs["attention_mask"]]
+            rows = zip(inputs[name], padding, strict=True)
+            inputs[name] = torch.stack([row.roll(-count) for row, count in rows])
     with pytest.raises(ValueError, match="pad on the left"):
         generate(model, inputs, 2, visual_keep_mask=random_keep(batch))
 

@@ -8,7 +8,8 @@ import threading
 
 import pytest
 import torch
-from conftest import FIRST_SPECIAL_TOKEN, Batch, Models, pad_together
+from accelerate.utils import send_to_device
+from conftest import FIRST_SPECIAL_TOKEN, Batch, Models, build_config_fields, pad_together
 from reference import (
     PIXEL_INPUTS,
     allowed_attention,
@@ -29,6 +30,13 @@ from test_invariants import (
     step_logits,
     training_inputs,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from conversion.families import QWEN2_5_VL
+from modeling_glimpseprune import pruned_forward
+from modeling_glimpseprune.visual_tokens import VisualTokens
 
 QWEN_ONLY = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 ONE, RAGGED = PROMPTS["one_image"], PROMPTS["ragged_batch"]
@@ -774,3 +782,130 @@ def test_an_error_half_way_leaves_the_model_usable(shared_models, build_batch, p
     hooks_after = [len(module._forward_hooks) for module in model.model.tapped_modules()]
     assert hooks_after == hooks_before
     assert_same_output(generate(model, batch.inputs, **settings), expected)
+
+
+# Without a GPU: attention interfaces, offloading and devices stood in for.
+
+
+def flash_attention_in_words(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs
+):
+    """What `flash_attention_2` computes: causal from the last key backwards, keys masked in 2-D."""
+    assert attention_mask is None or attention_mask.shape == (len(key), key.shape[2])
+    assert kwargs.get("position_ids") is None or query.shape[2] == 1
+    queries, keys = query.shape[2], key.shape[2]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None]
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None].bool()
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen[:, None], -1e9)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@pytest.mark.feature("flash_attention_2")
+@torch.no_grad()
+def test_nothing_but_a_flash_interface_is_asked_of_it(build_models, build_batch, monkeypatch):
+    models, batch = build_models(31, glimpse={"glimpse_layer": 1}), build_batch(RAGGED)
+    keep = random_keep(batch)
+    expected = models.pruned.glimpse(**batch.inputs).importance
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return flash_attention_in_words(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", counted)
+    models.pruned.model.language_model.config._attn_implementation = "flash_attention_2"
+    output = generate(models.pruned, batch.inputs, 4, visual_keep_mask=keep)
+    assert len(calls) == 4 * 3
+    assert_equals_reference(models, batch, output, batch.split(keep))
+    importance = models.pruned.glimpse(**batch.inputs).importance
+    assert_near(importance, expected)
+
+
+class NoStream:
+    """Stands in for a device's stream where there is no device."""
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+
+@pytest.mark.feature("offloaded cache")
+@torch.no_grad()
+def test_an_offloaded_cache_is_pruned(shared_models, build_batch, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda *args: NoStream())
+    models, batch = shared_models(24), build_batch(RAGGED)
+    keep = random_keep(batch)
+    options = {"cache_implementation": "offloaded", "visual_keep_mask": keep}
+    output = generate(models.pruned, batch.inputs, **options)
+    assert output.past_key_values.offloading
+    assert_equals_reference(models, batch, output, batch.split(keep))
+
+
+def place(module: torch.nn.Module, device: str) -> None:
+    """Put a module on a device that does not exist, and move what it is called with there."""
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            part._parameters[name] = torch.nn.Parameter(weight.to(device))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part._buffers[name] = buffer.to(device)
+
+    def move(module, args, kwargs):
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    module.register_forward_pre_hook(move, with_kwargs=True)
+
+
+@pytest.mark.feature("device_map, several devices")
+@pytest.mark.parametrize("glimpse_device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("glimpse_layer", [0, 1, 2])
+@torch.no_grad()
+def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
+    """Two devices of tensors without contents: an operation on both would raise."""
+    monkeypatch.setattr(pruned_forward, "_kept_counts", lambda *args: ([9, 11], False, 15))
+    fields = build_config_fields() | {"predictor_hidden_size": 16, "predictor_condition_size": 16}
+    config = QWEN2_5_VL.config_class(
+        **fields,
+        predictor_num_heads=2,
+        glimpse_layer=glimpse_layer,
+        attention_layers=sorted({0, glimpse_layer}),
+    )
+    with FakeTensorMode():
+        model = QWEN2_5_VL.model_class(config).eval().model
+        decoder = model.language_model
+        devices = ["cuda:0", "cuda:1", "cuda:1"]
+        for layer, device in zip(decoder.layers, devices, strict=True):
+            place(layer, device)
+        place(decoder.norm, "cuda:1")
+        place(decoder.rotary_emb, "cuda:0")
+        place(model.glimpse, glimpse_device)
+        zeros = torch.zeros(20, 6, dtype=torch.long, device="cuda:0")
+        features = [torch.empty(20, 16, device="cuda:1") for _ in config.vision_layers]
+        tokens = VisualTokens(
+            zeros[:, 0], zeros[:, 1], features, zeros, ["image", "image"], [10, 10]
+        )
+        request = pruned_forward.PruneRequest(
+            model.glimpse, tokens, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1
+        )
+        cache = DynamicCache()
+        for length, prune_request in ((16, request), (1, None)):
+            past = cache.get_seq_length()
+            output = decoder(
+                inputs_embeds=torch.empty(2, length, 32, device="cuda:0"),
+                attention_mask=torch.ones(2, past + length, dtype=torch.long, device="cuda:0"),
+                position_ids=torch.zeros(3, 2, length, dtype=torch.long, device="cuda:0"),
+                past_key_values=cache,
+                use_cache=True,
+                prune_request=prune_request,
+            )
+            assert output.last_hidden_state.shape == (2, length, 32)
+    assert [str(layer.keys.device) for layer in cache.layers] == devices
+    assert all(layer.keys.shape[2] == 12 for layer in cache.layers)

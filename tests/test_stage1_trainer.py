@@ -320,10 +320,14 @@ def test_bfloat16_base_stays_and_the_glimpse_trains_in_float32(base, tmp_path):
 
 def repeat_images(batch):
     """The same batch as the model takes it without the trainer's help: an image for every row."""
-    index = batch.pop("image_index").tolist()
-    first_rows = [index.index(image) for image in range(max(index) + 1)]
-    patches = batch["pixel_values"].split(batch["image_grid_thw"][first_rows].prod(1).tolist())
-    return batch | {"pixel_values": torch.cat([patches[image] for image in index])}
+    visuals, index = batch.pop("visuals"), batch.pop("image_index").tolist()
+    pixels = visuals["pixel_values"]
+    if "image_grid_thw" in visuals:  # patches of all images in one tensor
+        pixels = pixels.split(visuals["image_grid_thw"].prod(1).tolist())
+        batch["pixel_values"] = torch.cat([pixels[image] for image in index])
+    else:
+        batch |= {name: visuals[name][index] for name in visuals}
+    return batch
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(base, data):
@@ -360,7 +364,7 @@ def test_loss_equals_one_plain_forward(base, data, rows):
     trainer = Stage1Trainer(model, config)
     batch = collate(data, processor, rows)
     found = trainer.compute_loss(model, batch)
-    assert sum(len(args[0]) for args in encoded) == len(batch["pixel_values"])
+    assert sum(len(args[0]) for args in encoded) == len(batch["visuals"]["pixel_values"])
 
     inputs = repeat_images(batch)
     evidence, cache = inputs.pop("evidence_mask"), DynamicCache()

@@ -101,6 +101,11 @@ class ClipGenerationMixin(PruningGenerationMixin):
         visual = {}
         if expand_size > 1 and inputs.get("pixel_values") is not None:
             rows = [len(images) for images in self.model.image_rows(input_ids, **inputs)]
+            if sum(rows) != len(inputs["pixel_values"]):
+                raise ValueError(
+                    f"{len(inputs['pixel_values'])} images and the prompts' image tokens do not "
+                    f"match: the tokens are of {sum(rows)}"
+                )
             for name in ("pixel_values", "image_sizes"):
                 if inputs.get(name) is not None:
                     split = inputs.pop(name).split(rows)

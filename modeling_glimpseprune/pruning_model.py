@@ -327,6 +327,8 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         The stock method repeats a tensor's elements. The end of the prompt matters where later
         steps run it again: without a cache, or with candidates of assisted decoding behind it.
         """
+        if expand_size > 1:
+            self._check_placeholders(input_ids, model_kwargs.get("mm_encoder_outputs") or {})
         keep_mask = model_kwargs.pop("visual_keep_mask", None)
         if keep_mask is not None and expand_size > 1:
             counts = self.model.visual_counts(input_ids, **model_kwargs)
@@ -342,6 +344,23 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         if starts and input_ids is not None and input_ids.shape[1] > 0:
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return input_ids, model_kwargs
+
+    def _check_placeholders(
+        self, input_ids: torch.LongTensor | None, encoded: dict[str, VisualFeatures]
+    ) -> None:
+        """Refuse encoded visuals and placeholders that differ, before their rows are repeated.
+
+        The stock method leaves out what it finds no row for.
+        """
+        for kind, features in encoded.items():
+            given = sum(len(embeddings) for embeddings in features.pooler_output)
+            if input_ids is not None and input_ids.numel():
+                found = int((input_ids == getattr(self.config, f"{kind}_token_id")).sum())
+                if found != given:
+                    raise ValueError(
+                        f"{kind} features and {kind} tokens do not match: {given} features, "
+                        f"{found} tokens"
+                    )
 
 
 def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:

@@ -650,6 +650,11 @@ def test_training_gradients_equal_hidden(build_models, build_batch, glimpse_laye
     assert_near(loss, expected_loss)
     found = gradients_of(models.pruned)
     for name, expected in gradients_of(models.stock).items():
+        if expected is None:  # CLIP's last block is none of the features
+            assert found[name] is None, name
+            continue
+        if "vision_tower" in name and name.endswith("k_proj.bias"):
+            continue  # it shifts all scores of a query alike: its gradient is rounding
         scale = expected.abs().max()
         assert scale > 0, name
         torch.testing.assert_close(
@@ -673,5 +678,5 @@ def test_own_choice_trains_without_nan(build_models, build_batch):
     for name, gradient in gradients_of(model).items():
         if name.startswith("model.glimpse."):
             assert gradient is None or not gradient.any(), name
-        else:
+        elif gradient is not None:  # CLIP's last block is none of the features
             assert gradient.isfinite().all() and gradient.any(), name

@@ -21,6 +21,7 @@ from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_record import VisualRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
@@ -144,11 +145,18 @@ class GlimpsePruneLlavaModel(ClipBackboneMixin, LlavaModel):
         return whole_images(embeddings, layers, geometry, skipped=len(embeddings[0]) - count)
 
     def image_rows(self, input_ids: torch.LongTensor, **inputs) -> list[list[int]]:
+        taken = self._placeholders(inputs)
+        totals = PruningModelMixin.visual_counts(self, input_ids)
+        return [[self.side**2] * (total // taken) for total in totals]
+
+    def visual_sizes(self, kind: str, **inputs) -> list[int]:
+        return [self._placeholders(inputs)] * len(inputs["pixel_values"])
+
+    def _placeholders(self, inputs: dict) -> int:
+        """Placeholders of an image."""
         strategy = inputs.get("vision_feature_select_strategy")
-        count = self.side**2
-        taken = count + ((strategy or self.config.vision_feature_select_strategy) == "full")
-        placeholders = PruningModelMixin.visual_counts(self, input_ids)
-        return [[count] * (total // taken) for total in placeholders]
+        strategy = strategy or self.config.vision_feature_select_strategy
+        return self.side**2 + (strategy == "full")
 
 
 class GlimpsePruneLlavaForConditionalGeneration(ClipGenerationMixin, LlavaForConditionalGeneration):

@@ -16,6 +16,7 @@ from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
 from .pruned_cache import PrunedLayer  # noqa: F401
@@ -127,6 +128,9 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
                 raise ValueError(f"{len(sizes)} images and the prompts' image tokens do not match")
             rows.append(row)
         return rows
+
+    def visual_sizes(self, kind: str, **inputs) -> list[int]:
+        return [self._image_size(size)[0] for size in inputs["image_sizes"]]
 
     def _image_size(self, image_size: torch.Tensor) -> tuple[int, int]:
         """`(placeholders, visual tokens)` of an image of `(height, width)` pixels."""

@@ -20,9 +20,10 @@ from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .later_turns import first_positions, past_length
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
-from .pruned_forward import PrunedForwardMixin
+from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningGenerationMixin, PruningModelMixin
 from .selection import select_visual_tokens  # noqa: F401
@@ -55,6 +56,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         "image": ("pixel_values", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
+    visual_notes = {"video": ("second_per_grid_ts",)}
     positions_from_ids = True
 
     def __init__(self, config: GlimpsePruneQwen2_5_VLConfig):
@@ -82,6 +84,41 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         """As `get_image_features`, for videos."""
         inputs = {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
         return self.as_stock(self.encode_visual("video", **inputs, **kwargs))
+
+    def visual_sizes(self, kind: str, **inputs) -> list[int]:
+        merged = self.visual.spatial_merge_size**2
+        return [patches // merged for patches in self.pixel_rows(kind, **inputs)]
+
+    def pixel_rows(self, kind: str, **inputs) -> list[int]:
+        return inputs[f"{kind}_grid_thw"].prod(-1).tolist()
+
+    def turn_positions(self, input_ids, position_ids, inputs_embeds, cache, encoded, inputs):
+        """`(3, batch, new tokens)`: the stock positions of the new tokens, moved behind the cache.
+
+        Without ids, and where the caller gives all three axes, as the stock model.
+        """
+        if input_ids is None or (position_ids is not None and position_ids.ndim == 3):
+            return super().turn_positions(
+                input_ids, position_ids, inputs_embeds, cache, encoded, inputs
+            )
+        attention_mask, arguments = inputs.get("attention_mask"), {}
+        if attention_mask is not None:
+            past = past_length(cache)
+            arguments["attention_mask"] = attention_mask[:, past : past + input_ids.shape[1]]
+        for kind, features in encoded.items():
+            first = torch.stack([each[0, 3:] for each in features.deepstack_features[-2]])
+            merge = self.visual.spatial_merge_size
+            arguments[f"{kind}_grid_thw"] = first * first.new_tensor([1, merge, merge])
+        if TRANSFORMERS_5:
+            image, video = (input_ids == token for token in self.visual_token_ids.tolist())
+            arguments["mm_token_type_ids"] = image.int() + 2 * video.int()
+        arguments["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
+        positions, _ = self.get_rope_index(input_ids, **arguments)
+        return positions + first_positions(cache, attention_mask)
+
+    def note_positions(self, outputs) -> None:
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.rope_deltas = self.rope_deltas
 
     def describe_visuals(
         self,

@@ -416,11 +416,12 @@ class PrunedForwardMixin:
         self, logits: torch.Tensor, prefill: _Block, request: PruneRequest
     ) -> torch.Tensor:
         """`(batch, heads, keys)` of one layer to `(N, heads)` at the visual tokens."""
+        tokens = request.tokens
+        logits = logits.to(tokens.rows.device)
         valid = torch.ones_like(logits[:, 0], dtype=torch.bool)
         if prefill.mask is not None:
             valid = prefill.mask[:, : logits.shape[-1]]
         attention = request.glimpse.read_attention(logits, valid)
-        tokens = request.tokens
         return attention[tokens.rows, :, prefill.prompt_start + tokens.columns]
 
     def _add_glimpse_vectors(self, layer: int, prefill: _Block, request: PruneRequest) -> None:
@@ -448,7 +449,7 @@ class PrunedForwardMixin:
                 [layer.to(attention) for layer in tokens.features],
                 tokens.geometry[:, 1:3],
                 tokens.groups(request.predictor_window),
-            )
+            ).to(attention.device)
             keep = self._select(importance.detach(), prefill, request)
         cache.glimpse = GlimpseRecord(
             importance, keep, tokens.rows, tokens.geometry, tokens.kinds, tokens.sizes

@@ -1,13 +1,16 @@
 """What every GlimpsePrune family shares outside its text model."""
 
+from itertools import compress
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
+from .later_turns import new_visuals, past_length
 from .pruned_cache import PrunedLayer, pruned_layer
 from .pruned_forward import TRANSFORMERS_5, UNTRAINED, PruneRequest
 from .pruning_arguments import PruningArguments
@@ -50,6 +53,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
 
     Attributes:
         visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
+        visual_notes: further arguments with one entry a visual, which its encoder does not take.
         positions_from_ids: whether the stock backbone derives rotary positions from `input_ids`.
         predictor_window: side of the vision encoder's attention windows in tokens, if it has any.
     """
@@ -57,6 +61,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
     config: object
     glimpse: Glimpse
     visual_inputs: dict[str, tuple[str, ...]] = {}
+    visual_notes: dict[str, tuple[str, ...]] = {}
     positions_from_ids = False
     predictor_window: int | None = None
 
@@ -129,9 +134,15 @@ class PruningModelMixin(GlimpseWeightsMixin):
         request = None
         if encoded and arguments.prune is not False:
             request = self._prune_request(encoded, masks, arguments)
+        if encoded and past_length(past_key_values):
+            position_ids = self.turn_positions(
+                input_ids, position_ids, inputs_embeds, past_key_values, encoded, kwargs
+            )
         elif (pruned := pruned_layer(past_key_values)) is not None:
             position_ids = decoding_positions(pruned, inputs_embeds)
-        return super().forward(
+        elif request is not None and position_ids is None and not self.positions_from_ids:
+            position_ids = prompt_positions(kwargs.get("attention_mask"))
+        outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -139,6 +150,68 @@ class PruningModelMixin(GlimpseWeightsMixin):
             prune_request=request,
             **kwargs,
         )
+        if encoded and request is None:
+            self.note_positions(outputs)
+        return outputs
+
+    def note_positions(self, outputs) -> None:
+        """Put on the cache of visuals that were not pruned what later turns need to count on."""
+
+    def turn_positions(
+        self,
+        input_ids: torch.LongTensor | None,
+        position_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        cache: Cache,
+        encoded: dict[str, VisualFeatures],
+        inputs: dict,
+    ) -> torch.LongTensor | None:
+        """Rotary positions of a later turn that brings visuals, behind what the cache holds.
+
+        Args:
+            position_ids: those given with the call.
+            inputs: its other arguments.
+        """
+        pruned = pruned_layer(cache)
+        return position_ids if pruned is None else decoding_positions(pruned, inputs_embeds)
+
+    def visual_sizes(self, kind: str, **inputs) -> list[int]:
+        """Placeholders of each visual of a kind, from the arguments that describe it."""
+        raise NotImplementedError
+
+    def pixel_rows(self, kind: str, **inputs) -> list[int]:
+        """Rows of the pixel tensor that each visual takes."""
+        return [1] * len(inputs[self.visual_inputs[kind][0]])
+
+    def drop_cached_visuals(self, input_ids: torch.LongTensor, past: int, inputs: dict) -> dict:
+        """Inputs of a later turn without the visuals whose tokens the cache holds.
+
+        Args:
+            input_ids: `(batch, length)`, the whole conversation.
+            past: tokens that the cache holds.
+            inputs: the call's other arguments.
+
+        Raises:
+            ValueError: when images or videos and placeholders differ in number.
+        """
+        inputs = dict(inputs)
+        for kind, names in self.visual_inputs.items():
+            pixels = inputs.get(names[0])
+            if pixels is None:
+                continue
+            sizes = self.visual_sizes(kind, **inputs)
+            token_id = getattr(self.config, f"{kind}_token_id")
+            is_new = new_visuals(input_ids, token_id, past, sizes)
+            parts = pixels.split(self.pixel_rows(kind, **inputs))
+            inputs[names[0]] = torch.cat([*compress(parts, is_new)]) if any(is_new) else None
+            notes = self.visual_notes.get(kind, ())
+            for name in (*names[1:], *notes):
+                values = inputs.get(name)
+                if isinstance(values, torch.Tensor):
+                    inputs[name] = values[is_new] if any(is_new) else None
+                elif name in notes and values is not None:
+                    inputs[name] = [*compress(values, is_new)] or None
+        return {name: value for name, value in inputs.items() if value is not None}
 
     def visual_counts(self, input_ids: torch.LongTensor, **inputs) -> list[int]:
         """Visual tokens of each prompt: what a keep mask has to cover.
@@ -302,14 +375,61 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
             raise ValueError("this prompt has no image or video to glimpse at")
         return outputs.past_key_values.glimpse
 
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """Leave out images and videos that a kept cache has seen already."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(
+            inputs, bos_token_id, model_kwargs
+        )
+        past = past_length(model_kwargs.get("past_key_values"))
+        if past and name == "input_ids":
+            model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
+        return inputs, name, model_kwargs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Plain positions over a kept cache, where the backbone counts on from it (transformers 5).
+
+        The stock method would look for the conversation's first visuals.
+        """
+        cache = model_kwargs.get("past_key_values")
+        if pruned_layer(cache) is not None or (past_length(cache) and self._visuals(model_kwargs)):
+            return GenerationMixin._prepare_position_ids_for_generation(
+                self, inputs_tensor, model_kwargs
+            )
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        """As the stock method, and on transformers 4 with the visuals that a later turn brings."""
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        past = past_length(past_key_values)
+        if TRANSFORMERS_5 or not past or kwargs.get("position_ids") is not None:
+            return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        new_ids = input_ids[:, past:]
+        brought = [
+            name
+            for kind, names in self.model.visual_inputs.items()
+            if kwargs.get(names[0]) is not None and new_ids.shape[1] > 1
+            if bool((new_ids == getattr(self.config, f"{kind}_token_id")).any())
+            for name in names
+        ]
+        attention_mask = kwargs.get("attention_mask")
+        counts_on = brought or pruned_layer(past_key_values) is not None
+        if counts_on and attention_mask is not None:
+            kwargs["position_ids"] = attention_mask.long().cumsum(-1) - 1  # the backbone counts on
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return model_inputs | {name: kwargs.get(name) for name in brought}
+
+    def _visuals(self, inputs: dict) -> bool:
+        """Whether a call brings images or videos."""
+        names = [names[0] for names in self.model.visual_inputs.values()]
+        given = any(inputs.get(name) is not None for name in names)
+        return given or bool(inputs.get("mm_encoder_outputs"))
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Refuse a prefill in chunks, which cannot know what the question at its end needs."""
-        visual = [model_kwargs.get(names[0]) for names in self.model.visual_inputs.values()]
-        has_visual = any(each is not None for each in visual) or model_kwargs.get(
-            "mm_encoder_outputs"
-        )
         chunked = generation_config.prefill_chunk_size is not None
-        if chunked and has_visual and model_kwargs.get("prune") is not False:
+        if chunked and self._visuals(model_kwargs) and model_kwargs.get("prune") is not False:
             raise ValueError("prefill_chunk_size cannot be combined with pruning: use prune=False")
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
@@ -324,14 +444,16 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
     ) -> tuple[torch.LongTensor, dict]:
         """Repeat the keep mask row by row, as images are, and note where the prompt ends.
 
-        The stock method repeats a tensor's elements. The end of the prompt matters where later
-        steps run it again: without a cache, or with candidates of assisted decoding behind it.
+        The stock method repeats a tensor's elements. The end of the prompt matters without a cache,
+        where later steps run the prompt again with what was generated behind it.
         """
         if expand_size > 1:
-            self._check_placeholders(input_ids, model_kwargs.get("mm_encoder_outputs") or {})
+            past = past_length(model_kwargs.get("past_key_values"))
+            encoded = model_kwargs.get("mm_encoder_outputs") or {}
+            self._check_placeholders(input_ids[:, past:], encoded)
         keep_mask = model_kwargs.pop("visual_keep_mask", None)
         if keep_mask is not None and expand_size > 1:
-            counts = self.model.visual_counts(input_ids, **model_kwargs)
+            counts = self._visual_counts(input_ids[:, past:], model_kwargs)
             validate_keep_mask(keep_mask, sum(counts))
             keep_mask = torch.cat([row.repeat(expand_size) for row in keep_mask.split(counts)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -339,14 +461,12 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         )
         if keep_mask is not None:
             model_kwargs["visual_keep_mask"] = keep_mask
-        cache = model_kwargs.get("past_key_values")
-        starts = cache is None or cache.get_seq_length() == 0
-        if starts and input_ids is not None and input_ids.shape[1] > 0:
+        if model_kwargs.get("use_cache") is False and input_ids.shape[1] > 0:
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return input_ids, model_kwargs
 
     def _check_placeholders(
-        self, input_ids: torch.LongTensor | None, encoded: dict[str, VisualFeatures]
+        self, input_ids: torch.LongTensor, encoded: dict[str, VisualFeatures]
     ) -> None:
         """Refuse encoded visuals and placeholders that differ, before their rows are repeated.
 
@@ -354,13 +474,23 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         """
         for kind, features in encoded.items():
             given = sum(len(embeddings) for embeddings in features.pooler_output)
-            if input_ids is not None and input_ids.numel():
-                found = int((input_ids == getattr(self.config, f"{kind}_token_id")).sum())
-                if found != given:
-                    raise ValueError(
-                        f"{kind} features and {kind} tokens do not match: {given} features, "
-                        f"{found} tokens"
-                    )
+            found = int((input_ids == getattr(self.config, f"{kind}_token_id")).sum())
+            if found != given and input_ids.numel():
+                raise ValueError(
+                    f"{kind} features and {kind} tokens do not match: {given} features, "
+                    f"{found} tokens"
+                )
+
+    def _visual_counts(self, input_ids: torch.LongTensor, inputs: dict) -> list[int]:
+        """Visual tokens of each prompt, which may be given as embeddings instead of ids."""
+        embeddings = inputs.get("inputs_embeds")
+        if embeddings is None or input_ids.shape[1] > 0:
+            return self.model.visual_counts(input_ids, **inputs)
+        input_ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+        for token_id in self.model.visual_token_ids.to(embeddings.device):
+            placeholder = self.get_input_embeddings()(token_id)
+            input_ids[(embeddings == placeholder).all(-1)] = token_id
+        return self.model.visual_counts(input_ids, **inputs)
 
 
 def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
@@ -377,6 +507,16 @@ def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -
             f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
             f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
         )
+
+
+def prompt_positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Rotary positions `(batch, length)` as `generate` counts them, or None without a 2-D mask.
+
+    Scores of a padded prompt are the same then whether `generate` takes the glimpse or not.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def decoding_positions(layer: PrunedLayer, inputs_embeds: torch.Tensor) -> torch.Tensor:

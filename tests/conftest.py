@@ -180,7 +180,7 @@ def build_batch(prompts: list[list], seed: int = 0, family: str = "qwen2_5_vl") 
         grids = [(kind, (1, *grid)[-3:]) for kind, grid in views]
         counts.append(sum(math.prod(grid) for _, grid in grids))
         visuals += [(index, kind, grid) for kind, grid in grids]
-    return Batch(_pad_together(rows), rows, counts, visuals)
+    return Batch(pad_together(rows), rows, counts, visuals)
 
 
 def _build_row(parts: list, generator: torch.Generator, build_visual: Callable) -> tuple:
@@ -247,7 +247,8 @@ def _concatenate(inputs: list[dict]) -> dict:
     return {name: torch.cat([each[name] for each in inputs if name in each]) for name in names}
 
 
-def _pad_together(rows: list[dict]) -> dict:
+def pad_together(rows: list[dict]) -> dict:
+    """Inputs of a batch from those of its prompts."""
     length = max(row["input_ids"].shape[1] for row in rows)
     text = [name for name in rows[0] if name in TEXT_INPUTS]
     inputs = {name: torch.cat([_pad_left(row[name], length) for row in rows]) for name in text}

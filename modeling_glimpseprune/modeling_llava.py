@@ -23,7 +23,7 @@ from .glimpse_record import VisualRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
-from .pruned_cache import PrunedLayer  # noqa: F401
+from .pruned_cache import slot_mask  # noqa: F401
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningGenerationMixin, PruningModelMixin

@@ -25,11 +25,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from glimpseprune.cli import main
 from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import VisualCoTCollator
 from glimpseprune.loading import prepare
 from glimpseprune.training.base import load_for_training
-from glimpseprune.training.repository import UNDER_OWN_NAMES
+from glimpseprune.training.repository import UNDER_OWN_NAMES, write_repository
 from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import load_recipe
 from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneLlavaConfig
@@ -82,8 +83,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def build_processor(family: str):
@@ -351,3 +353,32 @@ def test_the_processor_names_an_image_that_is_missing(base):
         processor(images=[Image.new("RGB", (20, 20))], text="<image> and <image>")
     with pytest.raises(ValueError, match="image 0 has no pixels"):
         processor(images=[Image.new("RGB", (0, 20))], text="<image>")
+
+
+def test_ask_draws_what_the_model_sees(family, base, tmp_path, capsys):
+    """LLaVA's picture is of the image's middle square; LLaVA-NeXT's has a row for each view."""
+    model, processor, dtype = load_for_training(str(base), GLIMPSE)
+    model.model.glimpse.trained.fill_(True)
+    write_repository(model, processor, tmp_path / "model", dtype, {})
+    Image.effect_noise((40, 20), 100).save(tmp_path / "wide.png")
+    picture = tmp_path / "picture.png"
+    arguments = ["--model", str(tmp_path / "model"), "--image", str(tmp_path / "wide.png")]
+    assert main(["ask", *arguments, "--max-new-tokens", "3", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    expected = {"llava": (2 * 20, 20), "llava_next": (2 * 40, 2 * 20)}
+    assert Image.open(picture).size == expected[family]
+    assert ("seen of the image: (10, 0, 30, 20)" in printed) == (family == "llava")
+
+
+def test_evaluate_counts_retention_a_question(base, data, tmp_path, capsys):
+    model, processor, dtype = load_for_training(str(base), GLIMPSE)
+    model.model.glimpse.trained.fill_(True)
+    write_repository(model, processor, tmp_path / "model", dtype, {})
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(data), "--batch-size", "2"]
+    output = tmp_path / "results.json"
+    assert main(["evaluate", *arguments, "--output", str(output)]) == 0
+    results = json.loads(output.read_text())["results"]
+    assert results["all tokens"]["all"]["retention"] == 1.0
+    for name in ("pruned, max_keep_ratio 0.111", "random, keep ratio 0.111"):
+        assert results[name]["all"]["questions"] == 4
+        assert 0 < results[name]["all"]["retention"] <= 0.112

@@ -109,7 +109,7 @@ class ClipGenerationMixin(PruningGenerationMixin):
                 )
             for name in ("pixel_values", "image_sizes"):
                 if inputs.get(name) is not None:
-                    split = inputs.pop(name).split(rows)
+                    split = inputs[name].split(rows)
                     visual[name] = torch.cat([row for row in split for _ in range(expand_size)])
         input_ids, inputs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **inputs

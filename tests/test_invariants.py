@@ -662,13 +662,6 @@ def test_training_gradients_equal_hidden(build_models, build_batch, glimpse_laye
         )
 
 
-def test_gradient_checkpointing_is_refused(build_models, build_batch):
-    model, batch = build_models(12).pruned.train(), build_batch(PROMPTS["one_image"])
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing"):
-        model(**batch.inputs)
-
-
 def test_own_choice_trains_without_nan(build_models, build_batch):
     """The hard choice passes no gradient to the glimpse, and none that is not a number."""
     model, batch = build_models(12).pruned.train(), build_batch(PROMPTS["ragged_batch"])

@@ -29,7 +29,10 @@ from glimpseprune.training.stage1 import last_checkpoint, train_stage1
 from glimpseprune.training.stage1_config import Stage1Config, load_recipe, parse_override
 from glimpseprune.training.stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures
 from glimpseprune.training.stage1_trainer import GLIMPSE_WEIGHTS, Stage1Trainer
-from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from modeling_glimpseprune.configuration_glimpseprune import (
+    GlimpsePruneLlavaConfig,
+    GlimpsePruneQwen2_5_VLConfig,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GLIMPSE = {
@@ -255,6 +258,15 @@ def test_official_recipes(name, num_layers, expected):
     names += " predictor_num_heads attention_scores prune_threshold min_keep_tokens"
     assert tuple(getattr(config, field) for field in names.split()) == expected
     assert config.glimpse_embedding_layers == list(range(num_layers))
+
+
+def test_official_llava_recipe():
+    given = {"data": "d", "output": "o", "training.bf16": False}
+    recipe = load_recipe(REPOSITORY / "recipes" / "stage1_llava_1_5_7b.yaml", given)
+    training, config = recipe.training_config(), GlimpsePruneLlavaConfig(**recipe.glimpse)
+    assert (training.learning_rate, training.per_device_train_batch_size) == (1e-4, 8)
+    assert (config.glimpse_layer, config.attention_scores) == (21, "log_probabilities")
+    assert (config.vision_layers, recipe.max_questions) == ([23, 17, 11, 5], 20_000)
 
 
 def test_tiny_recipe_fits_the_tiny_base():

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
+from .importance_predictor import RMSNorm
 from .later_turns import new_visuals, past_length
 from .pruned_cache import PrunedLayer, pruned_layer
 from .pruned_forward import TRANSFORMERS_5, UNTRAINED, PruneRequest
@@ -43,6 +44,10 @@ class GlimpseWeightsMixin:
             nn.init.normal_(module.embeddings, std=self.config.get_text_config().initializer_range)
         glimpse = self.glimpse_module()
         if any(module is part for part in glimpse.modules()):
+            if isinstance(module, (RMSNorm, nn.LayerNorm)):  # not every stock class knows norms
+                nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
             glimpse.declare_untrained()
 
 

@@ -191,6 +191,18 @@ def test_a_training_prompt_is_the_processors(family, base, data):
         assert not tall.any()
 
 
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_fresh_weights_are_drawn_and_not_found_in_memory(base, norm):
+    glimpse = load_for_training(str(base), GLIMPSE | {"glimpse_norm": norm})[0].model.glimpse
+    norms = [module for module in glimpse.modules() if "Norm" in type(module).__name__]
+    assert len(norms) == 1 + 2 * len(glimpse.predictor.layers)
+    assert all((module.weight == 1).all() for module in norms)
+    assert norm == "rms_norm" or not glimpse.token.norm.bias.any()
+    for name, weight in glimpse.named_parameters():
+        assert weight.isfinite().all() and weight.abs().max() <= 1, name
+        assert weight.ndim == 1 or 0.005 < weight.std() < 0.05, name
+
+
 def published_name(name: str) -> str:
     """The name that a parameter has in published checkpoints."""
     name = name.replace("model.language_model.", "language_model.model.")

@@ -9,6 +9,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from modeling_glimpseprune.glimpse_record import GlimpseRecord
+
 from .loading import prepare
 
 
@@ -95,7 +97,7 @@ def evaluate(
         inputs = prepare(
             processor, [sample.image for sample in batch], [sample.question for sample in batch]
         ).to(model.device)
-        visual_counts = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+        visual_counts = model.model.visual_counts(**inputs)
         generated = model.generate(
             **inputs,
             **options(visual_counts),
@@ -107,10 +109,16 @@ def evaluate(
         answers = processor.batch_decode(completions, skip_special_tokens=True)
         retention = [1.0] * len(batch)
         if hasattr(generated.past_key_values, "glimpse"):
-            retention = [visual.retention for visual in generated.past_key_values.glimpse.visuals]
+            retention = retention_by_row(generated.past_key_values.glimpse, visual_counts)
         for sample, answer, share in zip(batch, answers, retention, strict=True):
             result.add(sample.group, answer.strip() == sample.answer.strip(), share)
     return result
+
+
+def retention_by_row(record: GlimpseRecord, visual_counts: list[int]) -> list[float]:
+    """The kept share of each prompt's visual tokens, whatever images and views they are of."""
+    rows = record.keep_mask.split(visual_counts)
+    return [row.float().mean().item() if len(row) else 1.0 for row in rows]
 
 
 def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[Sample]]:

@@ -23,7 +23,7 @@ from .glimpse_record import VisualRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
-from .pruned_cache import PrunedLayer  # noqa: F401
+from .pruned_cache import slot_mask  # noqa: F401
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningGenerationMixin, PruningModelMixin
@@ -103,6 +103,11 @@ class ClipGenerationMixin(PruningGenerationMixin):
         if expand_size > 1 and inputs.get("pixel_values") is not None:
             new_ids = self.new_placeholders(input_ids, inputs)
             rows = [len(images) for images in self.model.image_rows(new_ids, **inputs)]
+            if sum(rows) != len(inputs["pixel_values"]):
+                raise ValueError(
+                    f"{len(inputs['pixel_values'])} images and the prompts' image tokens do not "
+                    f"match: the tokens are of {sum(rows)}"
+                )
             for name in ("pixel_values", "image_sizes"):
                 if inputs.get(name) is not None:
                     split = inputs[name].split(rows)

@@ -125,7 +125,7 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
                 row.append(visual)
                 placeholders -= taken
             if placeholders < 0:
-                raise ValueError(f"the prompts' placeholders do not match {len(sizes)} image(s)")
+                raise ValueError(f"{len(sizes)} images and the prompts' image tokens do not match")
             rows.append(row)
         return rows
 

@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
+from .importance_predictor import RMSNorm
 from .later_turns import later_positions, new_visuals, past_length
 from .pruned_cache import pruned_layer
 from .pruned_forward import TRANSFORMERS_5, UNTRAINED, PruneRequest
@@ -44,6 +45,10 @@ class GlimpseWeightsMixin:
             nn.init.normal_(module.embeddings, std=self.config.get_text_config().initializer_range)
         glimpse = self.glimpse_module()
         if any(module is part for part in glimpse.modules()):
+            if isinstance(module, (RMSNorm, nn.LayerNorm)):  # not every stock class knows norms
+                nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
             glimpse.declare_untrained()
 
 
@@ -141,6 +146,8 @@ class PruningModelMixin(GlimpseWeightsMixin):
             )
         elif (pruned := pruned_layer(past_key_values)) is not None:
             position_ids = later_positions(pruned, inputs_embeds, kwargs.get("attention_mask"))
+        elif request is not None and position_ids is None and not self.positions_from_ids:
+            position_ids = prompt_positions(kwargs.get("attention_mask"))
         outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,
             position_ids=position_ids,
@@ -460,8 +467,10 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         where later steps run the prompt again with what was generated behind it.
         """
         keep_mask = model_kwargs.pop("visual_keep_mask", None)
+        new_ids = self.new_placeholders(input_ids, model_kwargs) if expand_size > 1 else None
+        if expand_size > 1:
+            self._check_placeholders(new_ids, model_kwargs.get("mm_encoder_outputs") or {})
         if keep_mask is not None and expand_size > 1:
-            new_ids = self.new_placeholders(input_ids, model_kwargs)
             counts = self.model.visual_counts(new_ids, **model_kwargs)
             validate_keep_mask(keep_mask, sum(counts))
             keep_mask = torch.cat([row.repeat(expand_size) for row in keep_mask.split(counts)])
@@ -488,6 +497,22 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
             new_ids[(embeddings == vector).all(-1)] = token_id
         return new_ids
 
+    def _check_placeholders(
+        self, input_ids: torch.LongTensor, encoded: dict[str, VisualFeatures]
+    ) -> None:
+        """Refuse encoded visuals and placeholders that differ, before their rows are repeated.
+
+        The stock method leaves out what it finds no row for.
+        """
+        for kind, features in encoded.items():
+            given = sum(len(embeddings) for embeddings in features.pooler_output)
+            found = int((input_ids == getattr(self.config, f"{kind}_token_id")).sum())
+            if found != given:
+                raise ValueError(
+                    f"{kind} features and {kind} tokens do not match: {given} features, "
+                    f"{found} tokens"
+                )
+
 
 def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
     """Check a caller's keep mask.
@@ -503,6 +528,16 @@ def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -
             f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
             f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
         )
+
+
+def prompt_positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Rotary positions `(batch, length)` as `generate` counts them, or None without a 2-D mask.
+
+    Scores of a padded prompt are the same then whether `generate` takes the glimpse or not.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def completion_start(

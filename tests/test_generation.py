@@ -872,6 +872,7 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
     """Two devices of tensors without contents: an operation on both would raise."""
     monkeypatch.setattr(pruned_forward, "_kept_counts", lambda *args: ([9, 11], False, 15))
     fields = build_config_fields() | {"predictor_hidden_size": 16, "predictor_condition_size": 16}
+    fields["attn_implementation"] = "eager"  # other masks look into the padding
     config = QWEN2_5_VL.config_class(
         **fields,
         predictor_num_heads=2,

@@ -15,9 +15,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from conversion.convert_llava_base import convert_base
 from conversion.convert_official import convert
 from conversion.families import family_of
 from conversion.shards import ConversionError
+from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("GLIMPSEPRUNE_GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
@@ -265,3 +267,20 @@ def test_golden_ablations_are_refused(case, tmp_path):
     with pytest.raises(ConversionError, match=settings):
         convert(base_of(case), FOLDERS[case], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@every([case for case in CASES if case.startswith("llava/") and case[6] in "abcf"])
+def test_golden_from_the_authors_base(case, tmp_path):
+    """The base as its authors lay it out, turned into the Hub's layout and converted from there."""
+    meta = read_meta(case)
+    base = FOLDERS[case] / meta["base_liuhaotian"]
+    convert_base(base, base / "clip_tower", tmp_path / "base")
+    convert(tmp_path / "base", FOLDERS[case], tmp_path / "out")
+    model = GlimpsePruneLlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    model.generation_config.eos_token_id = None
+    for sample in load_samples(case)[1]:
+        output = generate(model, sample)
+        assert new_tokens(output, sample) == sample.target["generated_ids"].tolist()
+        record = output.past_key_values.glimpse
+        assert_near(record.importance, sample.target["image_token_mask_logits"], SCORE_TOLERANCE)
+        assert torch.equal(record.keep_mask, sample.target["image_token_keep_mask"])

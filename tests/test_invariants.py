@@ -650,18 +650,16 @@ def test_training_gradients_equal_hidden(build_models, build_batch, glimpse_laye
     assert_near(loss, expected_loss)
     found = gradients_of(models.pruned)
     for name, expected in gradients_of(models.stock).items():
+        if expected is None:  # CLIP's last block is none of the features
+            assert found[name] is None, name
+            continue
+        if "vision_tower" in name and name.endswith("k_proj.bias"):
+            continue  # it shifts all scores of a query alike: its gradient is rounding
         scale = expected.abs().max()
         assert scale > 0, name
         torch.testing.assert_close(
             found[name], expected, rtol=0, atol=1e-3 * scale.item(), msg=name
         )
-
-
-def test_gradient_checkpointing_is_refused(build_models, build_batch):
-    model, batch = build_models(12).pruned.train(), build_batch(PROMPTS["one_image"])
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing"):
-        model(**batch.inputs)
 
 
 def test_own_choice_trains_without_nan(build_models, build_batch):
@@ -673,5 +671,5 @@ def test_own_choice_trains_without_nan(build_models, build_batch):
     for name, gradient in gradients_of(model).items():
         if name.startswith("model.glimpse."):
             assert gradient is None or not gradient.any(), name
-        else:
+        elif gradient is not None:  # CLIP's last block is none of the features
             assert gradient.isfinite().all() and gradient.any(), name

@@ -29,7 +29,10 @@ from glimpseprune.training.stage1 import last_checkpoint, train_stage1
 from glimpseprune.training.stage1_config import Stage1Config, load_recipe, parse_override
 from glimpseprune.training.stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures
 from glimpseprune.training.stage1_trainer import GLIMPSE_WEIGHTS, Stage1Trainer
-from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from modeling_glimpseprune.configuration_glimpseprune import (
+    GlimpsePruneLlavaConfig,
+    GlimpsePruneQwen2_5_VLConfig,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GLIMPSE = {
@@ -257,6 +260,15 @@ def test_official_recipes(name, num_layers, expected):
     assert config.glimpse_embedding_layers == list(range(num_layers))
 
 
+def test_official_llava_recipe():
+    given = {"data": "d", "output": "o", "training.bf16": False}
+    recipe = load_recipe(REPOSITORY / "recipes" / "stage1_llava_1_5_7b.yaml", given)
+    training, config = recipe.training_config(), GlimpsePruneLlavaConfig(**recipe.glimpse)
+    assert (training.learning_rate, training.per_device_train_batch_size) == (1e-4, 8)
+    assert (config.glimpse_layer, config.attention_scores) == (21, "log_probabilities")
+    assert (config.vision_layers, recipe.max_questions) == ([23, 17, 11, 5], 20_000)
+
+
 def test_tiny_recipe_fits_the_tiny_base():
     given = {"base": "b", "data": "d", "output": "o", "training.bf16": False}
     recipe = load_recipe(REPOSITORY / "recipes" / "stage1_tiny.yaml", given)
@@ -320,10 +332,14 @@ def test_bfloat16_base_stays_and_the_glimpse_trains_in_float32(base, tmp_path):
 
 def repeat_images(batch):
     """The same batch as the model takes it without the trainer's help: an image for every row."""
-    index = batch.pop("image_index").tolist()
-    first_rows = [index.index(image) for image in range(max(index) + 1)]
-    patches = batch["pixel_values"].split(batch["image_grid_thw"][first_rows].prod(1).tolist())
-    return batch | {"pixel_values": torch.cat([patches[image] for image in index])}
+    visuals, index = batch.pop("visuals"), batch.pop("image_index").tolist()
+    pixels = visuals["pixel_values"]
+    if "image_grid_thw" in visuals:  # patches of all images in one tensor
+        pixels = pixels.split(visuals["image_grid_thw"].prod(1).tolist())
+        batch["pixel_values"] = torch.cat([pixels[image] for image in index])
+    else:
+        batch |= {name: visuals[name][index] for name in visuals}
+    return batch
 
 
 def test_a_row_alone_equals_the_row_in_a_batch(base, data):
@@ -360,7 +376,7 @@ def test_loss_equals_one_plain_forward(base, data, rows):
     trainer = Stage1Trainer(model, config)
     batch = collate(data, processor, rows)
     found = trainer.compute_loss(model, batch)
-    assert sum(len(args[0]) for args in encoded) == len(batch["pixel_values"])
+    assert sum(len(args[0]) for args in encoded) == len(batch["visuals"]["pixel_values"])
 
     inputs = repeat_images(batch)
     evidence, cache = inputs.pop("evidence_mask"), DynamicCache()

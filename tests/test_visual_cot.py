@@ -16,6 +16,7 @@ from glimpseprune.data.visual_cot import (
 )
 from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5, VisualCoTCollator
 from glimpseprune.tiny_world.vocabulary import build_processor
+from modeling_glimpseprune.processing_glimpseprune import GlimpsePruneQwen2_5_VLProcessor
 
 ROW = {
     "question": "What is the value of KQ?",
@@ -30,7 +31,13 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def processor():
-    return build_processor()
+    stock = build_processor()
+    return GlimpsePruneQwen2_5_VLProcessor(
+        image_processor=stock.image_processor,
+        tokenizer=stock.tokenizer,
+        video_processor=stock.video_processor,
+        chat_template=stock.chat_template,
+    )
 
 
 @pytest.fixture
@@ -175,7 +182,7 @@ def test_prompt_equals_the_processors(folder, processor):
         expected = processor(text=[text], images=[image.convert("RGB")], return_tensors="pt")
     length = batch["prompt_length"]
     assert batch["input_ids"][0, :length].tolist() == expected["input_ids"][0].tolist()
-    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert torch.equal(batch["visuals"]["pixel_values"], expected["pixel_values"])
     assert torch.equal(batch["image_grid_thw"], expected["image_grid_thw"])
     completion = processor.tokenizer.decode(batch["input_ids"][0, length:])
     assert completion == "417<|im_end|>"
@@ -210,7 +217,7 @@ def test_batch_layout(folder, processor):
     assert mask[:, :length].sum(1).max() == length
     assert batch["image_index"].tolist() == [0, 0, 1]
     assert batch["image_grid_thw"].tolist() == [[1, 6, 8], [1, 6, 8], [1, 4, 4]]
-    assert len(batch["pixel_values"]) == 6 * 8 + 4 * 4
+    assert len(batch["visuals"]["pixel_values"]) == 6 * 8 + 4 * 4
     evidence = batch["evidence_mask"].split([12, 12, 4])
     assert [part.nonzero().flatten().tolist() for part in evidence] == [[0], [11], [2, 3]]
     assert ("mm_token_type_ids" in batch) == TRANSFORMERS_5

@@ -37,12 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
     completion = generated.sequences[:, inputs["input_ids"].shape[1] :]
     print(f"answer: {processor.batch_decode(completion, skip_special_tokens=True)[0].strip()}")
     if arguments.no_prune:
-        total = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        total = sum(model.model.visual_counts(**inputs))
         print(f"visual tokens: all {total} kept")
         return 0
     record = generated.past_key_values.glimpse
     print(f"visual tokens: kept {record.kept} of {record.total} ({record.retention:.1%})")
-    draw(image, record.visuals[0], arguments.output)
+    box = processor.visible_box(image.width, image.height)
+    if box != (0, 0, image.width, image.height):
+        image = image.crop(tuple(map(round, box)))
+        print(f"seen of the image: {tuple(map(round, box))} (the model cuts or pads it)")
+    draw(image, record.visuals, arguments.output)
     print(f"picture: {arguments.output}")
     return 0
 
@@ -64,10 +68,15 @@ def open_image(path: Path):
         raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
-def draw(image, visual, output: Path) -> None:
-    """Write the picture of one image's glimpse."""
+def draw(image, visuals: list, output: Path) -> None:
+    """Write the picture of one image's glimpse, its views one below the other."""
+    from PIL import Image
+
     from ..visualisation import draw_glimpse
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    picture = draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
+    picture = Image.new("RGB", (2 * image.width, len(visuals) * image.height))
+    for index, visual in enumerate(visuals):
+        view = draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
+        picture.paste(view, (0, index * image.height))
     picture.save(output)

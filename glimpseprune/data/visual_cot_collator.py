@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image, UnidentifiedImageError
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, Qwen2_5_VLProcessor
+
+from modeling_glimpseprune.processing_glimpseprune import ImageLayout
 
 from .visual_cot import VisualCoTRow, evidence_mask
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 IGNORED_LABEL = -100
+ROW_INPUTS = ("image_grid_thw",)  # inputs of an image that the language model wants for each row
 
 
 class VisualCoTCollator:
@@ -25,16 +28,18 @@ class VisualCoTCollator:
     end-of-sequence token. An image that several rows ask about is processed once.
 
     Args:
-        processor: a Qwen2.5-VL processor.
-        min_pixels, max_pixels: bounds on the processed image's area; default: the processor's.
+        processor: a GlimpsePrune processor.
+        min_pixels, max_pixels: bounds on the processed image's area; default: the processor's. Only
+            Qwen2.5-VL's image processor has any.
 
     Calling it with groups of rows returns, with B rows, `prompt_length` P, completions of at most C
     tokens, U different images and N visual tokens over all rows:
 
     - `input_ids`, `attention_mask`, `labels`: `(B, P + C)`; labels are -100 outside of completions;
-    - `mm_token_type_ids`: `(B, P + C)`, 1 at visual tokens (transformers 5 only);
-    - `pixel_values`: patches of the U images, in the order in which rows first show them;
-    - `image_grid_thw`: `(B, 3)`, the patch grid of each row's image;
+    - `mm_token_type_ids`: `(B, P + C)`, 1 at visual tokens (Qwen2.5-VL on transformers 5 only);
+    - `visuals`: what the vision encoder takes of the U images, in the order in which rows first
+      show them;
+    - `image_grid_thw`: `(B, 3)`, the patch grid of each row's image (Qwen2.5-VL only);
     - `image_index`: `(B,)`, which of the U images each row shows;
     - `evidence_mask`: `(N,)` bool, visual tokens in prompt order, row after row;
     - `prompt_length`: P.
@@ -49,53 +54,57 @@ class VisualCoTCollator:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
-        self.merge = processor.image_processor.merge_size
-        self.size = _size(processor.image_processor.size, min_pixels, max_pixels)
+        self.size = {}
+        if (min_pixels, max_pixels) != (None, None):
+            self.size = {
+                "size": _size(dict(processor.image_processor.size), min_pixels, max_pixels)
+            }
 
     def __call__(self, groups: Sequence[Sequence[VisualCoTRow]]) -> dict:
         rows = [row for group in groups for row in group]
         paths = list(dict.fromkeys(row.image for row in rows))
         images = self.processor.image_processor(
-            images=[open_image(path) for path in paths], size=self.size, return_tensors="pt"
+            images=[open_image(path) for path in paths], return_tensors="pt", **self.size
         )
-        image_index = torch.tensor([paths.index(row.image) for row in rows])
-        grids = images["image_grid_thw"][image_index]
-        token_grids = [(height, width) for _, height, width in (grids // self._scale).tolist()]
+        index = [paths.index(row.image) for row in rows]
+        layouts = self.processor.image_layouts(images)
         evidence = [
-            evidence_mask(row.boxes, row.width, row.height, grid)
-            for row, grid in zip(rows, token_grids, strict=True)
+            self._evidence(row, layouts[image]) for row, image in zip(rows, index, strict=True)
         ]
         prompts = [
-            self._prompt(row, mask.numel()) for row, mask in zip(rows, evidence, strict=True)
+            self._prompt(row, layouts[image].placeholders)
+            for row, image in zip(rows, index, strict=True)
         ]
         completions = [self._completion(row) for row in rows]
         return {
             **self._text_inputs(prompts, completions),
-            "pixel_values": images["pixel_values"],
-            "image_grid_thw": grids,
-            "image_index": image_index,
+            **{name: images[name][index] for name in ROW_INPUTS if name in images},
+            "visuals": dict(images),
+            "image_index": torch.tensor(index),
             "evidence_mask": torch.cat(evidence),
             "prompt_length": max(map(len, prompts)),
         }
 
-    @property
-    def _scale(self) -> torch.Tensor:
-        """Patches of a visual token on each axis of `image_grid_thw`."""
-        return torch.tensor([1, self.merge, self.merge])
+    def _evidence(self, row: VisualCoTRow, layout: ImageLayout) -> torch.Tensor:
+        """Which of a row's visual tokens show evidence: `(n,)` bool, view after view."""
+        left, top, right, bottom = self.processor.visible_box(row.width, row.height)
+        boxes = [(x0 - left, y0 - top, x1 - left, y1 - top) for x0, y0, x1, y1 in row.boxes]
+        masks = [evidence_mask(boxes, right - left, bottom - top, grid) for grid in layout.grids]
+        return torch.cat(masks)
 
-    def _prompt(self, row: VisualCoTRow, num_visual_tokens: int) -> list[int]:
+    def _prompt(self, row: VisualCoTRow, num_placeholders: int) -> list[int]:
         content = [{"type": "image"}, {"type": "text", "text": row.question}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self.tokenizer(text).input_ids
         if ids.count(self.image_token_id) != 1:
             raise ValueError(
                 f"the prompt of {row.question!r} must hold {self.processor.image_token} once, for "
                 f"its image; it holds it {ids.count(self.image_token_id)} times"
             )
         place = ids.index(self.image_token_id)
-        return [*ids[:place], *[self.image_token_id] * num_visual_tokens, *ids[place + 1 :]]
+        return [*ids[:place], *[self.image_token_id] * num_placeholders, *ids[place + 1 :]]
 
     def _completion(self, row: VisualCoTRow) -> list[int]:
         text = row.answer + self.tokenizer.eos_token
@@ -116,7 +125,7 @@ class VisualCoTCollator:
             "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
             "labels": torch.cat([torch.full_like(prompt_ids, IGNORED_LABEL), labels], dim=1),
         }
-        if TRANSFORMERS_5:
+        if TRANSFORMERS_5 and isinstance(self.processor, Qwen2_5_VLProcessor):
             inputs["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
         return inputs
 
@@ -136,6 +145,10 @@ def open_image(path: Path) -> Image.Image:
 
 def _size(size: dict, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
     """The image processor's bounds, with those given put in their place."""
+    if "longest_edge" not in size:
+        raise ValueError(
+            "min_pixels and max_pixels must be left out: this model's images have one size"
+        )
     shortest, longest = size["shortest_edge"], size["longest_edge"]
     bounds = {
         "shortest_edge": shortest if min_pixels is None else min_pixels,

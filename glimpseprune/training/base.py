@@ -10,12 +10,22 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_glimpseprune.configuration_glimpseprune import (
     GLIMPSE_FIELDS,
+    GlimpsePruneLlavaConfig,
+    GlimpsePruneLlavaNextConfig,
     GlimpsePruneQwen2_5_VLConfig,
 )
+from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
+from modeling_glimpseprune.modeling_llava_next import GlimpsePruneLlavaNextForConditionalGeneration
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )
-from modeling_glimpseprune.processing_glimpseprune import GlimpsePruneQwen2_5_VLProcessor
+from modeling_glimpseprune.processing_glimpseprune import (
+    GlimpsePruneLlavaNextProcessor,
+    GlimpsePruneLlavaProcessor,
+    GlimpsePruneQwen2_5_VLProcessor,
+)
+
+from ..stock_names import LLAVA_NAMES
 
 GLIMPSE_PREFIX = "model.glimpse."
 
@@ -46,6 +56,20 @@ FAMILIES = (
             r"^visual\.": "model.visual.",
             r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
         },
+    ),
+    Family(
+        "llava",
+        GlimpsePruneLlavaConfig,
+        GlimpsePruneLlavaForConditionalGeneration,
+        GlimpsePruneLlavaProcessor,
+        LLAVA_NAMES,
+    ),
+    Family(
+        "llava_next",
+        GlimpsePruneLlavaNextConfig,
+        GlimpsePruneLlavaNextForConditionalGeneration,
+        GlimpsePruneLlavaNextProcessor,
+        LLAVA_NAMES,
     ),
 )
 

@@ -8,6 +8,7 @@ cross-entropy with the glimpse token in place, where all visual tokens stay.
 import logging
 import os
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,11 +112,11 @@ class Stage1Trainer(Trainer):
     def _encode_images(self, inputs: dict) -> VisualFeatures:
         """Encode each image once and hand its features to every row that shows it."""
         backbone = self.accelerator.unwrap_model(self.model).model
-        pixels, index = inputs.pop("pixel_values"), inputs.pop("image_index").tolist()
-        first_rows = [index.index(image) for image in range(max(index) + 1)]
+        visuals, index = inputs.pop("visuals"), inputs.pop("image_index").tolist()
         with torch.no_grad(), self.accelerator.autocast():
-            features = backbone.encode_visual("image", pixels, inputs["image_grid_thw"][first_rows])
-        return VisualFeatures(
+            features = backbone.encode_visual("image", **visuals)
+        return replace(
+            features,
             pooler_output=[features.pooler_output[image] for image in index],
             deepstack_features=[
                 [layer[image] for image in index] for layer in features.deepstack_features

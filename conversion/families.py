@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+from glimpseprune.hub.shards import ConversionError
 from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
@@ -29,6 +30,11 @@ class Family:
     processor_class: type[ProcessorMixin]
     base_key_map: dict[str, str]
 
+    @property
+    def model_types(self) -> tuple[str, str]:
+        """`model_type` of the stock base and of ours."""
+        return self.base_model_type, self.config_class.model_type
+
 
 QWEN2_5_VL = Family(
     base_model_type="qwen2_5_vl",
@@ -37,6 +43,21 @@ QWEN2_5_VL = Family(
     processor_class=GlimpsePruneQwen2_5_VLProcessor,
     base_key_map={
         r"^visual\.": "model.visual.",
-        r"^model\.(?!language_model\.|visual\.)": "model.language_model.",
+        r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
     },
 )
+FAMILIES = (QWEN2_5_VL,)
+
+
+def family_of(config: dict, folder: object) -> Family:
+    """The family of a configuration, be it a stock base's or one of ours.
+
+    Raises:
+        ConversionError: when there is none.
+    """
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(family.base_model_type for family in FAMILIES)
+    raise ConversionError(f"{folder} is a {model_type!r} model; known are {known}")

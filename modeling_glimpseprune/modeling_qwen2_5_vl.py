@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLPreTrainedModel,
 )
 
+from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord  # noqa: F401

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conversion.shards import ConversionError
 from safetensors.torch import load_file
 
 from conversion.convert_official import convert
-from conversion.shards import ConversionError
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )

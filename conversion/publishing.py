@@ -19,9 +19,10 @@ from conversion.repository import (
     resolve_folder,
     write_repository,
 )
-from conversion.upload import push_folder, quiet_logging
+from conversion.upload import push_folder
 from conversion.verification import Source, verifier
 from glimpseprune.hub.folders import check_vacant
+from glimpseprune.hub.redaction import quiet_logging, redact
 from glimpseprune.hub.shards import ConversionError
 
 
@@ -151,7 +152,7 @@ def run_command(parser: argparse.ArgumentParser, argv: list[str] | None, run: Ca
             check_vacant(arguments.output)
         run(arguments)
     except ValueError as error:  # ConversionErrors are
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0
 

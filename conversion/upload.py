@@ -1,25 +1,18 @@
-"""Uploading a finished repository in one commit, and keeping secrets out of what is said.
+"""Uploading a finished repository in one commit.
 
 Large files go up first and stay invisible; the commit that names them all comes last. So an upload
 that was interrupted shows nothing, and run again it sends only what is not there yet.
 """
 
-import logging
-import os
-import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub import logging as hub_logging
+from huggingface_hub import HfApi
 
 from glimpseprune.hub.inspection import inspect_repository
+from glimpseprune.hub.redaction import redact
 from glimpseprune.hub.shards import ConversionError
 
 COMMIT_MESSAGE = "Publish GlimpsePrune weights, configuration and code"
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
-TOKEN_PATTERN = re.compile(r"hf_\w{8,}|(?<=[Bb]earer )\S+")
-QUERY_PATTERN = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")
-CHATTY_LOGGERS = ("httpx", "httpx2", "httpcore", "urllib3")  # they log addresses, signed ones too
 
 
 def push_folder(folder: Path, repository: str, revision: str | None, public: bool = False) -> str:
@@ -62,30 +55,3 @@ def push_folder(folder: Path, repository: str, revision: str | None, public: boo
             + "; ".join(reasons)
         ) from None
     return str(commit.commit_url)
-
-
-def redact(text: str) -> str:
-    """A text without the tokens in use, anything that looks like one, and signed addresses."""
-    for secret in _secrets():
-        text = text.replace(secret, "***")
-    return QUERY_PATTERN.sub(r"\1?***", TOKEN_PATTERN.sub("***", text))
-
-
-def quiet_logging() -> None:
-    """Let no log line of this process bear a token or a signed address."""
-    for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    hub_logging.get_logger()  # it has a handler of its own
-    for name in (None, "huggingface_hub"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_redact_record)
-
-
-def _redact_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = redact(record.getMessage()), ()
-    return True
-
-
-def _secrets() -> list[str]:
-    found = [os.environ.get(name) for name in TOKEN_VARIABLES] + [get_token()]
-    return [secret for secret in found if secret]

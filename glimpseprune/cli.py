@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _module(arguments.command).run(arguments)
     except (ValueError, OSError) as error:
-        print(f"glimpseprune {arguments.command}: {error}", file=sys.stderr)
+        from .hub.redaction import redact
+
+        print(f"glimpseprune {arguments.command}: {redact(str(error))}", file=sys.stderr)
         return 2
 
 

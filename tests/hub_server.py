@@ -21,6 +21,7 @@ LFS_SUFFIXES = (".safetensors", ".png")
 LARGE_FILE = 10_000_000
 PART_BYTES = 3_000_000  # small, so that ordinary files go up in parts
 SIGNATURE = "secret-of-the-address"
+MODEL = r"/api/models/(?P<id>[^/]+/[^/]+)"
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,14 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repository"),
         ("POST", r"/api/validate-yaml", "validate_card"),
-        ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/branch/(?P<revision>.+)", "create_branch"),
-        ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/preupload/(?P<revision>.+)", "preupload"),
-        ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/commit/(?P<revision>.+)", "commit"),
-        ("POST", r"/api/models/(?P<id>[^/]+/[^/]+)/paths-info/(?P<revision>.+)", "paths_info"),
-        ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/refs", "refs"),
-        (
-            "GET",
-            r"/api/models/(?P<id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.*))?",
-            "tree",
-        ),
-        ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
-        ("GET", r"/api/models/(?P<id>[^/]+/[^/]+)", "info"),
+        ("POST", rf"{MODEL}/branch/(?P<revision>.+)", "create_branch"),
+        ("POST", rf"{MODEL}/preupload/(?P<revision>.+)", "preupload"),
+        ("POST", rf"{MODEL}/commit/(?P<revision>.+)", "commit"),
+        ("POST", rf"{MODEL}/paths-info/(?P<revision>.+)", "paths_info"),
+        ("GET", rf"{MODEL}/refs", "refs"),
+        ("GET", rf"{MODEL}/tree/(?P<revision>[^/]+)/?(?P<path>.*)", "tree"),
+        ("GET", rf"{MODEL}/revision/(?P<revision>.+)", "info"),
+        ("GET", rf"{MODEL}", "info"),
         ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<oid>\w+)(/(?P<part>\d+))?", "lfs_put"),
         ("POST", r"/lfs/(?P<oid>\w+)/complete", "lfs_complete"),

@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..hub.inspection import inspect_repository
+    from ..hub.redaction import quiet_logging
 
+    quiet_logging()
     report = inspect_repository(arguments.repository, arguments.revision)
     for name, value in describe(report).items():
         print(f"{name:18} {value}")

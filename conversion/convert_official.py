@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.families import QWEN2_5_VL, Family
+from conversion.families import Family, family_of
 from conversion.publishing import (
     add_publishing_arguments,
     publication_from,
@@ -81,9 +81,11 @@ ONLY = {
     "fixed_remain_ratio": None,
     "attn_fuse_use_flash_attn": False,  # it splits the values among heads differently
 }
-# Fields that older official configurations lack, with the value they imply.
+# Fields that older official configurations and those of LLaVA lack, with the value they imply.
 DEFAULTS = ONLY | {
     "anchor_positions": [],
+    "attn_fuse_global": True,
+    "le_norm_type": "rmsnorm",
     "le_dropout_prob": 0.0,
     "reduce_threshold": 0.5,
     "max_remain_ratio": None,
@@ -98,6 +100,7 @@ TEXT_SHAPE = (
     "vocab_size",
 )
 VISION_SHAPE = ("hidden_size", "depth", "spatial_merge_size")
+LLAVA_VISION_WIDTH = "mm_hidden_size"  # only official LLaVA configurations state it
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ def read_official(
     weights = convert_weights(
         read_official_weights(glimpse / WEIGHTS_FILE), fields["predictor_use_vision"]
     )
-    return QWEN2_5_VL, fields, weights
+    return family_of(base_config, base), fields, weights
 
 
 def check_same_architecture(base: dict, official: dict) -> None:
@@ -143,6 +146,10 @@ def check_same_architecture(base: dict, official: dict) -> None:
     visions = [config.get("vision_config", {}) for config in (base, official)]
     pairs = [("", name, *(text.get(name) for text in texts)) for name in TEXT_SHAPE]
     pairs += [("vision ", name, *(vision.get(name) for vision in visions)) for name in VISION_SHAPE]
+    if LLAVA_VISION_WIDTH in official:  # its base may have been given more words for images
+        pairs = [pair for pair in pairs if pair[1] != "vocab_size"]
+        width = visions[0].get("hidden_size")
+        pairs.append(("vision ", "hidden_size", width, official[LLAVA_VISION_WIDTH]))
     for kind, name, ours, theirs in pairs:
         if None not in (ours, theirs) and ours != theirs:
             raise ConversionError(

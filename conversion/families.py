@@ -5,11 +5,22 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from glimpseprune.hub.shards import ConversionError
-from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from glimpseprune.stock_names import LLAVA_NAMES
+from modeling_glimpseprune.configuration_glimpseprune import (
+    GlimpsePruneLlavaConfig,
+    GlimpsePruneLlavaNextConfig,
+    GlimpsePruneQwen2_5_VLConfig,
+)
+from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
+from modeling_glimpseprune.modeling_llava_next import GlimpsePruneLlavaNextForConditionalGeneration
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )
-from modeling_glimpseprune.processing_glimpseprune import GlimpsePruneQwen2_5_VLProcessor
+from modeling_glimpseprune.processing_glimpseprune import (
+    GlimpsePruneLlavaNextProcessor,
+    GlimpsePruneLlavaProcessor,
+    GlimpsePruneQwen2_5_VLProcessor,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,21 @@ QWEN2_5_VL = Family(
         r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
     },
 )
-FAMILIES = (QWEN2_5_VL,)
+LLAVA = Family(
+    base_model_type="llava",
+    config_class=GlimpsePruneLlavaConfig,
+    model_class=GlimpsePruneLlavaForConditionalGeneration,
+    processor_class=GlimpsePruneLlavaProcessor,
+    base_key_map=LLAVA_NAMES,
+)
+LLAVA_NEXT = Family(
+    base_model_type="llava_next",
+    config_class=GlimpsePruneLlavaNextConfig,
+    model_class=GlimpsePruneLlavaNextForConditionalGeneration,
+    processor_class=GlimpsePruneLlavaNextProcessor,
+    base_key_map=LLAVA_NAMES,
+)
+FAMILIES = (QWEN2_5_VL, LLAVA, LLAVA_NEXT)
 
 
 def family_of(config: dict, folder: object) -> Family:

@@ -235,12 +235,19 @@ def rename_base(shards: list[Shard], key_map: Mapping[str, str]) -> dict[str, st
     held = [name for shard in shards for name in shard.tensors if not is_glimpse(name)]
     names: dict[str, str] = {}
     for name in held:
-        patterns = (pattern for pattern in key_map if re.search(pattern, name))
-        pattern = next(patterns, None)
-        names[name] = name if pattern is None else re.sub(pattern, key_map[pattern], name)
+        names[name] = rename(name, key_map)
     if len(set(names.values())) < len(names):
         raise ConversionError("the base holds the same tensors under old and new names")
     return names
+
+
+def rename(name: str, key_map: Mapping[str, str]) -> str:
+    """A tensor's name in a repository, which every generation of transformers reads.
+
+    It changes names of stock bases, and those of our parameters that differ between generations.
+    """
+    pattern = next((pattern for pattern in key_map if re.search(pattern, name)), None)
+    return name if pattern is None else re.sub(pattern, key_map[pattern], name)
 
 
 def check_tensors(
@@ -257,7 +264,10 @@ def check_tensors(
     """
     with torch.device("meta"), no_init_weights():
         model = family.model_class(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {
+        rename(name, family.base_key_map): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
     found = {name: tuple(tensor.shape) for name, tensor in glimpse_weights.items()}
     for shard in shards:
         for name, entry in shard.tensors.items():

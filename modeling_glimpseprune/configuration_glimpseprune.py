@@ -9,10 +9,11 @@ configuration states only which vision layers it taps by default.
 import copy
 import inspect
 
-from transformers import Qwen2_5_VLConfig
+from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
 
 ATTENTION_SCORES = ("logits", "log_probabilities")
 GLIMPSE_NORMS = ("rms_norm", "layer_norm")
+LLAVA_TEXT_MODELS = ("llama", "mistral")
 CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 
 
@@ -52,7 +53,8 @@ class GlimpsePruneConfigMixin:
             token(s); must start with 0. Default: all layers.
         glimpse_norm: `"rms_norm"` or `"layer_norm"`, applied to the projected embeddings.
         glimpse_dropout: dropout on the glimpse vectors while training.
-        vision_layers: vision layers tapped for the predictor, one predictor layer each, in order.
+        vision_layers: vision layers tapped for the predictor, one predictor layer each, in order;
+            numbered as the family says.
         predictor_hidden_size: width of the visual importance predictor.
         predictor_condition_size: width that tapped vision features are projected to.
         predictor_num_heads: attention heads of the predictor.
@@ -176,9 +178,7 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
     model_type = "glimpseprune_qwen2_5_vl"
 
     def __init__(self, **kwargs):
-        glimpse_fields = {name: kwargs.pop(name) for name in GLIMPSE_FIELDS if name in kwargs}
-        if isinstance(kwargs.get("text_config"), dict):
-            kwargs["text_config"] = portable_text_config(**kwargs)
+        glimpse_fields = take_glimpse_fields(kwargs)
         super().__init__(**kwargs)
         full_attention_blocks = list(self.vision_config.fullatt_block_indexes)
         self.set_glimpse_fields(full_attention_blocks[::-1], **glimpse_fields)
@@ -187,6 +187,92 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
             raise ValueError(
                 f"vision_layers must be vision blocks 0..{depth - 1}, got {self.vision_layers}"
             )
+
+
+class GlimpsePruneLlavaConfigMixin(GlimpsePruneConfigMixin):
+    """The fields of `GlimpsePruneConfigMixin` as both LLaVA families fill them in.
+
+    `vision_layers` are numbered as the vision tower's `hidden_states`, as `vision_feature_layer`
+    is: layer i is the output of block i - 1, and layer 0 the embeddings. The default is four of
+    them, evenly spread from the last but one block's output on: 23, 17, 11 and 5 of 24.
+    """
+
+    def set_llava_fields(self, **glimpse_fields) -> None:
+        """Fill in the defaults and check that vision tower and text model are supported.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        depth = self._check_parts()
+        spread = sorted({depth - 1 - part * depth // 4 for part in range(4)}, reverse=True)
+        self.set_glimpse_fields(spread, **glimpse_fields)
+        if not all(0 <= layer <= depth for layer in self.vision_layers):
+            raise ValueError(
+                f"vision_layers must be hidden states 0..{depth} of the vision tower, "
+                f"got {self.vision_layers}"
+            )
+        if self.predictor_windowed:
+            raise ValueError("predictor_windowed must be False: CLIP has no attention windows")
+
+    def _check_parts(self) -> int:
+        """Blocks of the vision tower."""
+        vision, text = self.vision_config, self.text_config
+        if vision.model_type != "clip_vision_model":
+            raise ValueError(
+                f"vision_config must be a clip_vision_model, got a {vision.model_type}: only CLIP "
+                "towers are supported"
+            )
+        if text.model_type not in LLAVA_TEXT_MODELS:
+            raise ValueError(
+                f"text_config must be one of {LLAVA_TEXT_MODELS}, got a {text.model_type}"
+            )
+        if getattr(text, "sliding_window", None) is not None:
+            raise ValueError(
+                f"text_config.sliding_window must be None, got {text.sliding_window}: layers with "
+                "sliding windows cannot be pruned"
+            )
+        return vision.num_hidden_layers
+
+
+class GlimpsePruneLlavaConfig(GlimpsePruneLlavaConfigMixin, LlavaConfig):
+    """Stock `LlavaConfig` and the fields of `GlimpsePruneLlavaConfigMixin`."""
+
+    model_type = "glimpseprune_llava"
+
+    def __init__(self, **kwargs):
+        glimpse_fields = take_glimpse_fields(kwargs)
+        super().__init__(**kwargs)
+        self.set_llava_fields(**glimpse_fields)
+
+
+class GlimpsePruneLlavaNextConfig(GlimpsePruneLlavaConfigMixin, LlavaNextConfig):
+    """Stock `LlavaNextConfig` and the fields of `GlimpsePruneLlavaConfigMixin`.
+
+    The class token is never among the image's tokens here, so `vision_feature_select_strategy`
+    must be `"default"`.
+    """
+
+    model_type = "glimpseprune_llava_next"
+
+    def __init__(self, **kwargs):
+        glimpse_fields = take_glimpse_fields(kwargs)
+        super().__init__(**kwargs)
+        self.set_llava_fields(**glimpse_fields)
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                "vision_feature_select_strategy must be 'default', "
+                f"got {self.vision_feature_select_strategy!r}"
+            )
+
+
+def take_glimpse_fields(fields: dict) -> dict:
+    """Take the fields that GlimpsePrune adds out of a configuration's; make the rest portable.
+
+    The text configuration, where it is a dictionary, is replaced as `portable_text_config` says.
+    """
+    if isinstance(fields.get("text_config"), dict):
+        fields["text_config"] = portable_text_config(**fields)
+    return {name: fields.pop(name) for name in GLIMPSE_FIELDS if name in fields}
 
 
 def portable_text_config(

@@ -5,28 +5,30 @@ names siblings that only other siblings use.
 """
 
 import torch
-from torch import nn
 from transformers import (
+    PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
 )
-from transformers.cache_utils import Cache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
-    Qwen2_5_VLPreTrainedModel,
 )
 
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
-from .pruned_cache import pruned_layer
+from .later_turns import first_positions, past_length
+from .layer_outputs import LayerOutputs  # noqa: F401
+from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
-from .pruning_model import PruningGenerationMixin, PruningModelMixin, completion_start
+from .pruning_arguments import show_arguments, show_pruning_arguments
+from .pruning_model import PruningGenerationMixin, PruningModelMixin
 from .selection import select_visual_tokens  # noqa: F401
-from .visual_tokens import VisualFeatures, tap_outputs, token_geometry
+from .visual_tokens import VisualFeatures, token_geometry, whole_images
 
 
 class GlimpsePruneQwen2_5_VLTextModel(PrunedForwardMixin, Qwen2_5_VLTextModel):
@@ -43,13 +45,23 @@ class GlimpsePruneQwen2_5_VLTextModel(PrunedForwardMixin, Qwen2_5_VLTextModel):
 
 
 class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
-    """The stock backbone; visual tokens are taken from the vision encoder's tapped blocks."""
+    """The stock backbone; visual tokens are taken from the vision encoder's tapped blocks.
+
+    Every placeholder is a visual token. A token's features are averaged over its patches, and its
+    2-D position is its row and column in the grid of merged patches, frame by frame.
+    """
 
     config_class = GlimpsePruneQwen2_5_VLConfig
     _checkpoint_conversion_mapping = {}
+    visual_inputs = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
+    visual_notes = {"video": ("second_per_grid_ts",)}
+    positions_from_ids = True
 
     def __init__(self, config: GlimpsePruneQwen2_5_VLConfig):
-        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
         self.language_model = GlimpsePruneQwen2_5_VLTextModel._from_config(config.text_config)
         self.glimpse = Glimpse(config, config.vision_config.hidden_size)
@@ -61,141 +73,70 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         vision = self.config.vision_config
         return vision.window_size // vision.spatial_merge_size // vision.patch_size
 
-    @property
-    def visual_token_ids(self) -> torch.Tensor:
-        return torch.tensor([self.config.image_token_id, self.config.video_token_id])
+    def tapped_modules(self) -> list:
+        return [self.visual.blocks[layer] for layer in self.config.vision_layers]
 
-    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
-        """The stock features; on transformers 5 with what the predictor needs beside them."""
-        features = self.encode_visual("image", pixel_values, image_grid_thw, **kwargs)
-        return features if TRANSFORMERS_5 else features.pooler_output
+    get_image_features = show_arguments(Qwen2_5_VLModel.get_image_features)(
+        PruningModelMixin.get_image_features
+    )
 
+    @show_arguments(Qwen2_5_VLModel.get_video_features)
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         """As `get_image_features`, for videos."""
-        features = self.encode_visual("video", pixel_values_videos, video_grid_thw, **kwargs)
-        return features if TRANSFORMERS_5 else features.pooler_output
+        inputs = {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
+        return self.as_stock(self.encode_visual("video", **inputs, **kwargs))
 
-    def encode_visual(
-        self, kind: str, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs
-    ) -> VisualFeatures:
-        """Encode images or videos and tap the vision blocks on the way.
+    def visual_sizes(self, kind: str, **inputs) -> list[int]:
+        merged = self.visual.spatial_merge_size**2
+        return [patches // merged for patches in self.pixel_rows(kind, **inputs)]
 
-        Args:
-            kind: `"image"` or `"video"`.
-            pixels: `(patches, patch values)` as the processor returns them.
-            grid_thw: `(images, 3)` frames, height and width of each in patches.
+    def pixel_rows(self, kind: str, **inputs) -> list[int]:
+        return inputs[f"{kind}_grid_thw"].prod(-1).tolist()
+
+    def turn_positions(self, input_ids, position_ids, inputs_embeds, cache, encoded, inputs):
+        """`(3, batch, new tokens)`: the stock positions of the new tokens, moved behind the cache.
+
+        Without ids, and where the caller gives all three axes, as the stock model.
         """
-        encoder = super().get_image_features if kind == "image" else super().get_video_features
-        blocks = [self.visual.blocks[layer] for layer in self.config.vision_layers]
-        with tap_outputs(blocks) as taps:
-            outputs = encoder(pixels, grid_thw, **kwargs)
-        if not isinstance(outputs, tuple):
-            outputs = outputs.pooler_output
-        sizes = [len(embeddings) for embeddings in outputs]
-        merge = self.visual.spatial_merge_size
-        scale = torch.tensor([1, merge, merge], device=grid_thw.device)
-        geometry = token_geometry(grid_thw // scale, sizes).to(taps[0].device)
-        order = window_order(geometry, sizes, self.predictor_window)
-        layers = [_in_raster_order(tap, order, merge**2) for tap in taps] + [geometry]
-        return VisualFeatures(
-            pooler_output=outputs,
-            deepstack_features=[list(layer.split(sizes)) for layer in layers],
-        )
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_encoder_outputs: dict[str, VisualFeatures] | None = None,
-        prune: bool | None = None,
-        prune_threshold: float | None = None,
-        max_keep_ratio: float | None = None,
-        min_keep_tokens: int | None = None,
-        visual_keep_mask: torch.Tensor | None = None,
-        prompt_length: int | None = None,
-        in_place: bool = False,
-        only_glimpse: bool = False,
-        compact_output: bool = False,
-        **kwargs,
-    ):
-        """The stock forward with pruning; see `GlimpsePruneQwen2_5_VLForConditionalGeneration`.
-
-        Args:
-            only_glimpse: stop after layer K; the record is on the returned cache.
-            compact_output: return kept tokens only, packed to the right, instead of the logical
-                layout with zeros at dropped tokens.
-        """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = dict(mm_encoder_outputs or {})
-        if pixel_values is not None:
-            encoded["image"] = self.encode_visual("image", pixel_values, image_grid_thw)
-        if pixel_values_videos is not None:
-            encoded["video"] = self.encode_visual("video", pixel_values_videos, video_grid_thw)
-        masks = self._placeholder_masks(input_ids, inputs_embeds, encoded)
-        inputs_embeds = self.merge_visual_features(inputs_embeds, encoded, masks)
-        request = None
-        if encoded and prune is not False:
-            request = self.prune_request(
-                encoded,
-                masks,
-                prune_threshold,
-                max_keep_ratio,
-                min_keep_tokens,
-                visual_keep_mask,
-                prompt_length=prompt_length,
-                in_place=in_place,
-                only_glimpse=only_glimpse,
-                compact_output=compact_output,
+        if input_ids is None or (position_ids is not None and position_ids.ndim == 3):
+            return super().turn_positions(
+                input_ids, position_ids, inputs_embeds, cache, encoded, inputs
             )
-        elif pruned_layer(past_key_values) is not None:
-            position_ids = self._decoding_positions(inputs_embeds, past_key_values)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            prune_request=request,
-            **kwargs,
-        )
+        attention_mask, arguments = inputs.get("attention_mask"), {}
+        if attention_mask is not None:
+            past = past_length(cache)
+            arguments["attention_mask"] = attention_mask[:, past : past + input_ids.shape[1]]
+        for kind, features in encoded.items():
+            first = torch.stack([each[0, 3:] for each in features.deepstack_features[-2]])
+            merge = self.visual.spatial_merge_size
+            arguments[f"{kind}_grid_thw"] = first * first.new_tensor([1, merge, merge])
+        if TRANSFORMERS_5:
+            image, video = (input_ids == token for token in self.visual_token_ids.tolist())
+            arguments["mm_token_type_ids"] = image.int() + 2 * video.int()
+        arguments["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
+        positions, _ = self.get_rope_index(input_ids, **arguments)
+        return positions + first_positions(cache, attention_mask)
 
-    def _placeholder_masks(
+    def note_positions(self, outputs) -> None:
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.rope_deltas = self.rope_deltas
+
+    def describe_visuals(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor,
-        encoded: dict[str, VisualFeatures],
-    ) -> dict[str, torch.Tensor]:
-        """`(batch, length)` bool by kind; the stock check of the counts included."""
-        masks = {}
-        for index, kind in enumerate(("image", "video")):
-            if kind in encoded:
-                features = torch.cat(list(encoded[kind].pooler_output))
-                found = self.get_placeholder_mask(
-                    input_ids, inputs_embeds, **{f"{kind}_features": features}
-                )
-                masks[kind] = found[index][..., 0]
-        return masks
-
-    def _decoding_positions(self, inputs_embeds: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Positions of new tokens from the cache, not from `rope_deltas` of the last prefill.
-
-        The stock model keeps those on the module, where generations disturb each other: at every
-        step on transformers 4, at the start of a later turn on transformers 5.
-        """
-        layer = pruned_layer(cache)
-        start = layer.get_seq_length()
-        steps = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)
-        return (layer.position_delta.to(steps.device) + steps).expand(3, -1, -1)
+        embeddings: list[torch.Tensor],
+        taps: list[torch.Tensor],
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+    ) -> VisualFeatures:
+        """Grids are `(images, 3)` frames, height and width in patches."""
+        grids = video_grid_thw if image_grid_thw is None else image_grid_thw
+        sizes = [len(of_image) for of_image in embeddings]
+        merge = self.visual.spatial_merge_size
+        scale = torch.tensor([1, merge, merge], device=grids.device)
+        geometry = token_geometry(grids // scale, sizes).to(taps[0].device)
+        order = window_order(geometry, sizes, self.predictor_window)
+        layers = [_in_raster_order(tap, order, merge**2) for tap in taps]
+        return whole_images(embeddings, layers, geometry)
 
 
 class GlimpsePruneQwen2_5_VLForConditionalGeneration(
@@ -203,91 +144,15 @@ class GlimpsePruneQwen2_5_VLForConditionalGeneration(
 ):
     """Qwen2.5-VL whose `generate` takes a glimpse and drops the visual tokens nobody asked about.
 
-    Beside the stock arguments, `forward` and `generate` take:
-
-        prune: False runs exactly the stock model.
-        prune_threshold, max_keep_ratio, min_keep_tokens: override the configuration for one call.
-        visual_keep_mask: `(num_visual_tokens,)` bool over the batch in prompt order, the caller's
-            own choice; no glimpse is taken.
-
-    and `forward` also:
-
-        prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
-            one block over the pruned cache, as when decoding. Default: where `labels` begin; else,
-            with `logits_to_keep=n`, all but the last n - 1 tokens are prompt, as in assisted
-            decoding and in trl; else everything is. Prompts are left-padded and completions
-            right-padded.
-        in_place: score only: keep every token and let the completion see the glimpse token.
-
-    Hidden states and logits come back in the prompt's full length, with zeros at dropped tokens;
-    with `logits_to_keep=1`, as in `generate`, nothing is laid out again.
+    Beside the stock arguments, `forward` and `generate` take those of `PruningArguments`.
     """
 
     config_class = GlimpsePruneQwen2_5_VLConfig
+    backbone_class = GlimpsePruneQwen2_5_VLModel
     _checkpoint_conversion_mapping = {}
-
-    def __init__(self, config: GlimpsePruneQwen2_5_VLConfig):
-        Qwen2_5_VLPreTrainedModel.__init__(self, config)
-        self.model = GlimpsePruneQwen2_5_VLModel(config)
-        text_config = config.text_config
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, VisualFeatures] | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        prune: bool | None = None,
-        prune_threshold: float | None = None,
-        max_keep_ratio: float | None = None,
-        min_keep_tokens: int | None = None,
-        visual_keep_mask: torch.Tensor | None = None,
-        prompt_length: int | None = None,
-        in_place: bool = False,
-        **kwargs,
-    ):
-        if prompt_length is None:
-            prompt_length = completion_start(labels, logits_to_keep, input_ids)
-        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if mm_token_type_ids is not None:  # unknown to transformers 4
-            kwargs["mm_token_type_ids"] = mm_token_type_ids
-        if mm_encoder_outputs is not None:
-            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
-            logits_to_keep=logits_to_keep,
-            prune=prune,
-            prune_threshold=prune_threshold,
-            max_keep_ratio=max_keep_ratio,
-            min_keep_tokens=min_keep_tokens,
-            visual_keep_mask=visual_keep_mask,
-            prompt_length=prompt_length,
-            in_place=in_place,
-            compact_output=last_only,
-            **kwargs,
-        )
+    forward = show_pruning_arguments(Qwen2_5_VLForConditionalGeneration.forward)(
+        PruningGenerationMixin.forward
+    )
 
 
 def window_order(geometry: torch.Tensor, sizes: list[int], window: int) -> torch.Tensor:

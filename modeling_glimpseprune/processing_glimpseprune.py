@@ -1,11 +1,36 @@
-"""Processors of GlimpsePrune models: the stock ones, with clear errors for bad images."""
+"""Processors of GlimpsePrune models: the stock ones, with clear errors for bad images.
 
-from transformers import BatchFeature, Qwen2_5_VLProcessor
+They also say how visual tokens lie on an image, which drawing and training need: how many
+placeholders it takes, the grid of each of its views, and the part of it that the grids cover.
+"""
+
+from dataclasses import dataclass
+
+from transformers import (
+    BatchFeature,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    Qwen2_5_VLProcessor,
+)
+from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import get_image_size, make_flat_list_of_images, to_numpy_array
 
 
-class GlimpsePruneQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
-    """The stock Qwen2.5-VL processor; images are checked before anything is computed."""
+@dataclass
+class ImageLayout:
+    """The visual tokens of one processed image.
+
+    Attributes:
+        placeholders: image tokens it takes in the prompt.
+        grids: `(rows, columns)` of visual tokens of each view, in prompt order.
+    """
+
+    placeholders: int
+    grids: list[tuple[int, int]]
+
+
+class CheckedProcessorMixin:
+    """In front of a stock processor: images are checked before anything is computed."""
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         """Prepare prompts and images for the model, as the stock processor does.
@@ -20,6 +45,72 @@ class GlimpsePruneQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
             if text is not None:
                 check_placeholders(text, self.image_token, len(flat_images))
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    def image_layouts(self, images: BatchFeature) -> list[ImageLayout]:
+        """The layout of each image in the image processor's output."""
+        raise NotImplementedError
+
+    def visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of an image that its token grids cover, `(x0, y0, x1, y1)` in its pixels.
+
+        It reaches beyond the image where the image is padded.
+        """
+        return 0.0, 0.0, float(width), float(height)
+
+
+class GlimpsePruneQwen2_5_VLProcessor(CheckedProcessorMixin, Qwen2_5_VLProcessor):
+    """The stock Qwen2.5-VL processor with checks."""
+
+    def image_layouts(self, images: BatchFeature) -> list[ImageLayout]:
+        merge = self.image_processor.merge_size
+        patches = [map(int, grid) for grid in images["image_grid_thw"]]
+        grids = [(height // merge, width // merge) for _, height, width in patches]
+        return [ImageLayout(rows * columns, [(rows, columns)]) for rows, columns in grids]
+
+
+class GlimpsePruneLlavaProcessor(CheckedProcessorMixin, LlavaProcessor):
+    """The stock LLaVA processor with checks.
+
+    As published it cuts the middle square out of an image, so visual tokens cover no more than
+    that; with `do_pad` the image is padded to a square instead.
+    """
+
+    def image_layouts(self, images: BatchFeature) -> list[ImageLayout]:
+        pixels = images["pixel_values"]
+        rows, columns = (int(side) // self.patch_size for side in pixels.shape[-2:])
+        others = self.num_additional_image_tokens  # the class token
+        others -= self.vision_feature_select_strategy == "default"
+        return [ImageLayout(rows * columns + others, [(rows, columns)]) for _ in pixels]
+
+    def visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        settings = self.image_processor.to_dict()  # CLIP's processor knows no do_pad
+        if settings.get("do_pad"):
+            across = down = max(width, height)
+        elif settings["do_center_crop"] and settings["size"].get("shortest_edge"):
+            scale = min(width, height) / settings["size"]["shortest_edge"]
+            across, down = (settings["crop_size"][side] * scale for side in ("width", "height"))
+        else:
+            return super().visible_box(width, height)
+        left, top = (width - across) / 2, (height - down) / 2
+        return left, top, left + across, top + down
+
+
+class GlimpsePruneLlavaNextProcessor(CheckedProcessorMixin, LlavaNextProcessor):
+    """The stock LLaVA-NeXT processor with checks; both views of an image cover it whole."""
+
+    def image_layouts(self, images: BatchFeature) -> list[ImageLayout]:
+        tile = images["pixel_values"][0].shape[-2:]
+        sizes = [tuple(map(int, size)) for size in images["image_sizes"]]
+        return [self._layout(*size, *(int(side) for side in tile)) for size in sizes]
+
+    def _layout(self, height: int, width: int, tile_height: int, tile_width: int) -> ImageLayout:
+        pinpoints = self.image_processor.image_grid_pinpoints
+        best_height, best_width = select_best_resolution((height, width), pinpoints)
+        base = tile_height // self.patch_size, tile_width // self.patch_size
+        tiles = best_height // tile_height, best_width // tile_width
+        visual, rows = self._get_unpadded_features(height, width, *base, *tiles)
+        placeholders = base[0] * base[1] + visual + rows  # a newline token ends each row
+        return ImageLayout(placeholders, [base, (rows, visual // rows)])
 
 
 def check_has_pixels(image: object, index: int) -> None:

@@ -23,6 +23,8 @@ class PrunedLayer(DynamicLayer):
         prompt_slots: physical slots that the pruned prompt takes.
         fixed_slots: those up to its last visual token, which cannot be cropped.
         prompt_mask: `(batch, prompt_slots)` bool, True at real tokens, or None when all are.
+        prompt_columns: `(batch, prompt_slots)` the logical position of each of the prompt's slots,
+            for laying attentions out; on the cache's first layer only.
         position_delta: `(batch, 1)`, the next token's rotary position minus the logical length, or
             None before the first pruning.
     """
@@ -36,6 +38,7 @@ class PrunedLayer(DynamicLayer):
         self.prompt_slots = 0
         self.fixed_slots = 0
         self.prompt_mask: torch.Tensor | None = None
+        self.prompt_columns: torch.Tensor | None = None
         self.position_delta: torch.Tensor | None = None
 
     @property
@@ -76,6 +79,8 @@ class PrunedLayer(DynamicLayer):
         self.prompt_slots = min(self.prompt_slots, kept)
         if self.prompt_mask is not None:
             self.prompt_mask = self.prompt_mask[:, : self.prompt_slots]
+        if self.prompt_columns is not None:
+            self.prompt_columns = self.prompt_columns[:, : self.prompt_slots]
         self.keys = self.keys[..., :kept, :]
         self.values = self.values[..., :kept, :]
 
@@ -96,17 +101,21 @@ class PrunedLayer(DynamicLayer):
         self._map_rows(lambda rows: rows[indices, ...])
 
     def _map_rows(self, function) -> None:
-        if self.prompt_mask is not None:
-            self.prompt_mask = function(self.prompt_mask)
-        if self.position_delta is not None:
-            self.position_delta = function(self.position_delta)
+        for name in ("prompt_mask", "prompt_columns", "position_delta"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, function(rows))
 
     def keep(self, index: torch.Tensor) -> None:
         """Keep only the given slots, freeing the rest.
 
+        An offloaded layer is gathered on the device of the index, where its next update puts it.
+
         Args:
             index: `(batch, slots)` physical slots in the order to keep them.
         """
+        if self.keys.device.type == "cpu" != index.device.type:
+            self.prefetch()
         index = index[:, None, :, None].to(self.keys.device)
         self.keys = self.keys.take_along_dim(index, dim=2)
         self.values = self.values.take_along_dim(index, dim=2)
@@ -142,6 +151,22 @@ def pruned_layer(cache: object) -> PrunedLayer | None:
         return None
     layer = cache.layers[0]
     return layer if isinstance(layer, PrunedLayer) and layer.prompt_slots else None
+
+
+def slot_columns(layer: PrunedLayer, num_slots: int, device: torch.device) -> torch.Tensor:
+    """Where the caller sees each of a layer's first slots.
+
+    Args:
+        layer: the cache's first layer.
+
+    Returns:
+        `(batch or 1, num_slots)` logical positions.
+    """
+    if layer.prompt_columns is None:
+        return torch.arange(num_slots, device=device)[None]
+    columns = layer.prompt_columns.to(device)
+    later = torch.arange(layer.prompt_slots, num_slots, device=device) + layer.dropped
+    return torch.cat([columns, later.expand(len(columns), -1)], dim=1)
 
 
 def slot_mask(

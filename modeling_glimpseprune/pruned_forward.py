@@ -7,19 +7,26 @@ attention, compacts hidden states, positions and cache between layer K's attenti
 runs the rest. Callers keep seeing the prompt's full length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import transformers
-from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .decoder_layers import (
+    query_logits,
+    run_attention,
+    run_attention_with_weights,
+    run_layer,
+    run_mlp,
+)
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord
-from .pruned_cache import adopt_layers, pruned_layer, slot_mask
+from .layer_outputs import LayerOutputs, spread
+from .pruned_cache import adopt_layers, pruned_layer, slot_columns, slot_mask
 from .selection import select_visual_tokens
 from .visual_tokens import VisualTokens
 
@@ -65,39 +72,67 @@ class PruneRequest:
 
 
 @dataclass
-class _Prefill:
-    """A prompt on its way through the layers.
+class _Block:
+    """Tokens on their way through the layers: the prompt, or what stands before or after it.
 
     Attributes:
-        hidden_states: `(batch, length, hidden)`.
-        position_ids: `(..., batch, length)`, the family's rotary positions.
-        mask: `(batch, past slots + length)` bool, True at real tokens, or None for all.
+        hidden_states: `(batch, tokens, hidden)`.
+        position_ids: `(..., batch, tokens)`, the family's rotary positions.
+        mask: `(batch, past slots + tokens)` bool, True at real tokens, or None for all.
+        length: tokens as the caller sees them, pruned ones counted, glimpse tokens not.
         past_slots: physical length of the cache before these tokens.
         past_dropped: tokens dropped from the cache before these tokens.
+        past_columns: `(batch or 1, past slots)` where the caller sees the slots of the cache.
         prompt_start: slot of the prompt's first token.
         prompt_length: tokens of the prompt.
         glimpse_slice: where the glimpse tokens stand in `hidden_states`.
         next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
-        fixed_slots: slots up to the last visual token, known once the prompt is compact.
+        order: `(batch, slots)` prompt position of each slot, once the prompt is compact.
+        fixed_slots: slots up to the last visual token, once the prompt is compact.
     """
 
     hidden_states: torch.Tensor
     position_ids: torch.Tensor
     mask: torch.Tensor | None
+    length: int
     past_slots: int
     past_dropped: int
+    past_columns: torch.Tensor
     prompt_start: int
     prompt_length: int
     glimpse_slice: slice
     next_position: torch.Tensor
+    order: torch.Tensor | None = None
     fixed_slots: int = 0
 
     @property
     def valid(self) -> torch.Tensor:
-        """`(batch, length)` bool, True at the prompt's real tokens."""
+        """`(batch, tokens)` bool, True at the block's real tokens."""
         if self.mask is None:
             return self.hidden_states.new_ones(self.hidden_states.shape[:2], dtype=torch.bool)
         return self.mask[:, self.past_slots :]
+
+    def as_seen(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Lay tensors of the block's tokens, `(batch, ...)`, out as the caller sees the tokens.
+
+        Glimpse tokens go, and dropped tokens are zeros.
+        """
+        if self.order is None:
+            before, _, after = states.tensor_split([*_bounds(self.glimpse_slice)], dim=dim)
+            return torch.cat([before, after], dim=dim)
+        shape = [1] * states.ndim
+        shape[0], shape[dim] = self.order.shape
+        real = self.valid.to(states.device).view(shape)
+        return spread(states * real, self.order, self.length, dim)
+
+    def weights_as_seen(self, weights: torch.Tensor | None) -> torch.Tensor | None:
+        """Attention weights `(batch, heads, tokens, slots)` laid out on both sides."""
+        if weights is None:
+            return None
+        past, own = weights.tensor_split([self.past_slots], dim=3)
+        length = self.past_slots + self.past_dropped
+        past = spread(past, self.past_columns.expand(len(past), -1), length, dim=3)
+        return self.as_seen(torch.cat([past, self.as_seen(own, dim=3)], dim=3), dim=2)
 
 
 class PrunedForwardMixin:
@@ -120,7 +155,12 @@ class PrunedForwardMixin:
             ValueError: for what cannot be combined with pruning.
         """
         if prune_request is not None:
-            self._check_prunable(attention_mask, kwargs)
+            self._check_prunable(attention_mask)
+            outputs = LayerOutputs(
+                len(self.layers),
+                self._wants("output_hidden_states", kwargs),
+                self._wants("output_attentions", kwargs),
+            )
             return self._forward_pruned(
                 inputs_embeds,
                 attention_mask,
@@ -128,12 +168,13 @@ class PrunedForwardMixin:
                 past_key_values,
                 self.config.use_cache if use_cache is None else use_cache,
                 prune_request,
+                outputs,
             )
         layer = pruned_layer(past_key_values)
         if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -142,6 +183,9 @@ class PrunedForwardMixin:
             use_cache=use_cache,
             **kwargs,
         )
+        if layer is not None and outputs.attentions is not None:
+            outputs.attentions = tuple(_over_prompt(each, layer) for each in outputs.attentions)
+        return outputs
 
     def rotary_position_ids(
         self, position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int
@@ -153,21 +197,15 @@ class PrunedForwardMixin:
         positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
         return positions.expand(batch, -1)
 
-    def _check_prunable(self, attention_mask: torch.Tensor | None, kwargs: dict) -> None:
+    def _wants(self, output: str, kwargs: dict) -> bool:
+        asked = kwargs.get(output)
+        return bool(getattr(self.config, output) if asked is None else asked)
+
+    def _check_prunable(self, attention_mask: torch.Tensor | None) -> None:
         if not (attention_mask is None or _is_2d(attention_mask)):
             raise ValueError(
                 "pruning takes a 2-D attention mask (batch, length) and a DynamicCache; static "
                 "caches come with a mask of their own: use the default cache, or prune=False"
-            )
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise ValueError(
-                "output_attentions and output_hidden_states are not available from a pruned "
-                "prefill, whose layers see sequences of different lengths; use prune=False"
-            )
-        if self.training and self.gradient_checkpointing:
-            raise ValueError(
-                "gradient checkpointing switches the cache off, which pruning works on: "
-                "disable it, or use prune=False"
             )
         if "sliding_attention" in (getattr(self.config, "layer_types", None) or []):
             raise ValueError("sliding-window layers cannot be pruned; use prune=False")
@@ -180,6 +218,7 @@ class PrunedForwardMixin:
         cache: DynamicCache | None,
         use_cache: bool,
         request: PruneRequest,
+        outputs: LayerOutputs,
     ) -> BaseModelOutputWithPast:
         cache = DynamicCache() if cache is None else cache
         adopt_layers(cache, len(self.layers))
@@ -189,26 +228,29 @@ class PrunedForwardMixin:
         prompt_length = length if request.prompt_length is None else request.prompt_length
         if not 0 < prompt_length <= length:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
+        if prompt_length < length and request.tokens.columns.max() >= prompt_length:
+            raise ValueError(
+                f"a visual token stands behind the prompt's {prompt_length} tokens: pad prompts on "
+                "the left and completions on the right, so that one boundary serves the batch"
+            )
 
         end = length if request.in_place else prompt_length
         ahead = self._tokens_ahead(prompt_length, request)
-        states = [self._run_block(slice(0, ahead), inputs_embeds, attention_mask, positions, cache)]
-        prefill = self._start(
-            slice(ahead, end),
-            inputs_embeds,
-            attention_mask,
-            positions,
-            cache,
-            prompt_length,
-            request,
-        )
-        states.append(self._run_prefill(prefill, cache, request))
-        if not request.only_glimpse:
-            rest = slice(end, length)
-            states.append(self._run_block(rest, inputs_embeds, attention_mask, positions, cache))
+        arguments = (inputs_embeds, attention_mask, positions, cache, prompt_length)
+        states = []
+        if ahead:
+            states.append(self._run_block(slice(0, ahead), *arguments, request, outputs))
+        prefill = self._start(slice(ahead, end), *arguments, request)
+        states.append(self._run_prefill(prefill, cache, request, outputs))
+        if end < length and not request.only_glimpse:
+            states.append(self._run_block(slice(end, length), *arguments, request, outputs))
+        last_hidden_state = torch.cat(states, dim=1)
+        finished = not request.only_glimpse
         return BaseModelOutputWithPast(
-            last_hidden_state=torch.cat([each for each in states if each is not None], dim=1),
+            last_hidden_state=last_hidden_state,
             past_key_values=cache if use_cache else None,
+            hidden_states=outputs.hidden_states(last_hidden_state) if finished else None,
+            attentions=outputs.attentions() if finished else None,
         )
 
     def _tokens_ahead(self, prompt_length: int, request: PruneRequest) -> int:
@@ -226,21 +268,18 @@ class PrunedForwardMixin:
         part: slice,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        positions: torch.Tensor,
+        position_ids: torch.Tensor,
         cache: DynamicCache,
-    ) -> torch.Tensor | None:
-        """Run tokens by the stock layers over the cache; None when there are none."""
-        if part.start == part.stop:
-            return None
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, : cache.get_seq_length() + part.stop - part.start]
-        return self.forward(
-            inputs_embeds=inputs_embeds[:, part],
-            attention_mask=attention_mask,
-            position_ids=positions[..., part],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        prompt_length: int,
+        request: PruneRequest,
+        outputs: LayerOutputs,
+    ) -> torch.Tensor:
+        """Run tokens without a glimpse over the cache: `(batch, tokens, hidden)` after the norm."""
+        block = self._start(
+            part, inputs_embeds, attention_mask, position_ids, cache, prompt_length, None
+        )
+        self._run_layers(0, block, cache, request, outputs)
+        return self.norm(block.hidden_states)
 
     def _start(
         self,
@@ -250,28 +289,31 @@ class PrunedForwardMixin:
         position_ids: torch.Tensor,
         cache: DynamicCache,
         prompt_length: int,
-        request: PruneRequest,
-    ) -> _Prefill:
+        request: PruneRequest | None,
+    ) -> _Block:
         """Line the mask up with the cache, and insert the glimpse tokens after the prompt.
 
         Args:
             part: the tokens to run; those before it are in the cache already.
+            request: None for a block without glimpse tokens.
         """
         prompt_positions = position_ids[..., :prompt_length].reshape(
             -1, len(inputs_embeds), prompt_length
         )
         next_position = prompt_positions[..., -1].amax(dim=0) + 1
         inputs_embeds, position_ids = inputs_embeds[:, part], position_ids[..., part]
-        place = prompt_length - part.start
+        length = inputs_embeds.shape[1]
+        place = prompt_length - part.start if request is not None else length
         past = cache.layers[0]
         if attention_mask is not None:
-            attention_mask = attention_mask[:, : past.get_seq_length() + inputs_embeds.shape[1]]
-        mask = slot_mask(past, attention_mask, inputs_embeds.shape[1])
+            attention_mask = attention_mask[:, : past.get_seq_length() + length]
+        mask = slot_mask(past, attention_mask, length)
         if mask is not None:
             mask = mask[:, past.dropped :].to(inputs_embeds.device, torch.bool)
         past_slots = past.physical_length
-        token = request.glimpse.token if request.visual_keep_mask is None else None
-        vectors = None if token is None else token(0).to(inputs_embeds)
+        vectors = None
+        if request is not None and request.visual_keep_mask is None and request.glimpse.token:
+            vectors = request.glimpse.token(0).to(inputs_embeds)
         count = 0 if vectors is None else len(vectors)
         if vectors is not None:
             batch = inputs_embeds.shape[0]
@@ -283,12 +325,14 @@ class PrunedForwardMixin:
             if mask is not None:
                 ones = mask.new_ones(batch, count)
                 mask = _insert(mask, ones, past_slots + place, dim=1)
-        return _Prefill(
+        return _Block(
             inputs_embeds,
             position_ids,
             mask,
+            length,
             past_slots,
             past.dropped,
+            slot_columns(past, past_slots, inputs_embeds.device),
             prompt_start=past_slots - part.start,
             prompt_length=prompt_length,
             glimpse_slice=slice(place, place + count),
@@ -296,36 +340,27 @@ class PrunedForwardMixin:
         )
 
     def _run_prefill(
-        self, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+        self, prefill: _Block, cache: DynamicCache, request: PruneRequest, outputs: LayerOutputs
     ) -> torch.Tensor:
         """Hidden states `(batch, length, hidden)` after the final norm, glimpse tokens removed."""
-        attention = self._run_glimpse(prefill, cache, request)
+        attention = self._run_glimpse(prefill, cache, request, outputs)
         keep = self._score_and_select(attention, prefill, cache, request)
         if request.only_glimpse:
             return prefill.hidden_states
         layer = self.layers[request.glimpse_layer]
-        if request.in_place:
-            prefill.hidden_states = _run_mlp(layer, prefill.hidden_states)
-            self._run_layers(request.glimpse_layer + 1, prefill, cache, request)
-            hidden_states = self.norm(prefill.hidden_states)
-            inserted = prefill.glimpse_slice
-            return torch.cat(
-                [hidden_states[:, : inserted.start], hidden_states[:, inserted.stop :]], dim=1
-            )
-        keep = self._prompt_mask(keep, prefill, request)
-        order = self._compact(keep, prefill, cache, request)
-        prefill.hidden_states = _run_mlp(layer, prefill.hidden_states)
-        self._run_layers(request.glimpse_layer + 1, prefill, cache, request)
-        self._finish(keep.shape[1] - order.shape[1], prefill, cache)
+        if not request.in_place:
+            self._compact(self._prompt_mask(keep, prefill, request), prefill, cache, request)
+        prefill.hidden_states = run_mlp(layer, prefill.hidden_states)
+        self._run_layers(request.glimpse_layer + 1, prefill, cache, request, outputs)
         hidden_states = self.norm(prefill.hidden_states)
-        if request.compact_output:
-            return hidden_states
-        hidden_states = hidden_states * prefill.valid[..., None]
-        logical = hidden_states.new_zeros(*keep.shape, hidden_states.shape[-1])
-        return logical.scatter(1, order[..., None].expand_as(hidden_states), hidden_states)
+        if not request.in_place:
+            self._finish(prefill, cache)
+            if request.compact_output and not outputs.wants_hidden_states:
+                return hidden_states
+        return prefill.as_seen(hidden_states)
 
     def _run_glimpse(
-        self, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+        self, prefill: _Block, cache: DynamicCache, request: PruneRequest, outputs: LayerOutputs
     ) -> torch.Tensor | None:
         """Run layers 0..K-1 and layer K's attention; read the glimpse token's attention.
 
@@ -340,12 +375,12 @@ class PrunedForwardMixin:
         for index, layer in enumerate(self.layers[: last_layer + 1]):
             self._add_glimpse_vectors(index, prefill, request)
             query_states = prefill.hidden_states[:, query]
-            run = _run_attention if index == last_layer else _run_layer
-            prefill.hidden_states = run(layer, prefill.hidden_states, mask, rotary, cache)
+            run = run_attention if index == last_layer else run_layer
+            self._step(run, index, prefill, mask, rotary, cache, outputs)
             if request.visual_keep_mask is None and index in request.glimpse.attention_layers:
-                cosine, sine = (_plain(part)[:, query] for part in rotary)
+                query_rotary = tuple(_plain(part)[:, query] for part in rotary)
                 layer_keys = cache.layers[index].keys[:, :, :keys]
-                logits[index] = _query_logits(layer, query_states, layer_keys, cosine, sine)
+                logits[index] = query_logits(layer, query_states, layer_keys, query_rotary)
         if not logits:
             return None
         columns = [
@@ -354,19 +389,44 @@ class PrunedForwardMixin:
         ]
         return torch.cat(columns, dim=-1)
 
+    def _step(
+        self,
+        run: Callable,
+        index: int,
+        block: _Block,
+        mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: DynamicCache,
+        outputs: LayerOutputs,
+    ) -> None:
+        """Run one layer, or its attention only, and note what the caller asked to see of it."""
+        layer = self.layers[index]
+        if outputs.wants_hidden_states:
+            outputs.add_states(index, block.as_seen(block.hidden_states))
+        if not outputs.wants_attentions:
+            block.hidden_states = run(layer, block.hidden_states, mask, rotary, cache)
+            return
+        states, weights = run_attention_with_weights(
+            layer, block.hidden_states, mask, rotary, cache
+        )
+        outputs.add_attention(index, block.weights_as_seen(weights))
+        block.hidden_states = states if run is run_attention else run_mlp(layer, states)
+
     def _visual_attention(
-        self, logits: torch.Tensor, prefill: _Prefill, request: PruneRequest
+        self, logits: torch.Tensor, prefill: _Block, request: PruneRequest
     ) -> torch.Tensor:
         """`(batch, heads, keys)` of one layer to `(N, heads)` at the visual tokens."""
+        tokens = request.tokens
+        logits = logits.to(tokens.rows.device)
         valid = torch.ones_like(logits[:, 0], dtype=torch.bool)
         if prefill.mask is not None:
             valid = prefill.mask[:, : logits.shape[-1]]
         attention = request.glimpse.read_attention(logits, valid)
-        tokens = request.tokens
         return attention[tokens.rows, :, prefill.prompt_start + tokens.columns]
 
-    def _add_glimpse_vectors(self, layer: int, prefill: _Prefill, request: PruneRequest) -> None:
-        if layer == 0 or request.visual_keep_mask is not None or request.glimpse.token is None:
+    def _add_glimpse_vectors(self, layer: int, prefill: _Block, request: PruneRequest) -> None:
+        start, stop = _bounds(prefill.glimpse_slice)
+        if layer == 0 or start == stop:
             return
         vectors = request.glimpse.token(layer)
         if vectors is not None:
@@ -375,7 +435,7 @@ class PrunedForwardMixin:
     def _score_and_select(
         self,
         attention: torch.Tensor | None,
-        prefill: _Prefill,
+        prefill: _Block,
         cache: DynamicCache,
         request: PruneRequest,
     ) -> torch.Tensor:
@@ -389,7 +449,7 @@ class PrunedForwardMixin:
                 [layer.to(attention) for layer in tokens.features],
                 tokens.geometry[:, 1:3],
                 tokens.groups(request.predictor_window),
-            )
+            ).to(attention.device)
             keep = self._select(importance.detach(), prefill, request)
         cache.glimpse = GlimpseRecord(
             importance, keep, tokens.rows, tokens.geometry, tokens.kinds, tokens.sizes
@@ -397,7 +457,7 @@ class PrunedForwardMixin:
         return keep
 
     def _prompt_mask(
-        self, keep: torch.Tensor, prefill: _Prefill, request: PruneRequest
+        self, keep: torch.Tensor, prefill: _Block, request: PruneRequest
     ) -> torch.Tensor:
         """`(batch, prompt)` bool, True at all kept tokens, from that of the visual tokens."""
         prompt = prefill.valid[:, : prefill.prompt_length].clone()
@@ -405,7 +465,7 @@ class PrunedForwardMixin:
         return prompt
 
     def _select(
-        self, importance: torch.Tensor, prefill: _Prefill, request: PruneRequest
+        self, importance: torch.Tensor, prefill: _Block, request: PruneRequest
     ) -> torch.Tensor:
         tokens = request.tokens
         keep = select_visual_tokens(
@@ -421,15 +481,14 @@ class PrunedForwardMixin:
         return keep | (tokens.columns == prefill.prompt_length - 1)
 
     def _compact(
-        self, keep: torch.Tensor, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
-    ) -> torch.Tensor:
+        self, keep: torch.Tensor, prefill: _Block, cache: DynamicCache, request: PruneRequest
+    ) -> None:
         """Pack kept tokens to the right in hidden states, positions, mask and layers 0..K.
+
+        A slot that pads a row points at a dropped token.
 
         Args:
             keep: `(batch, prompt)` bool.
-
-        Returns:
-            `(batch, slots)` prompt position of each slot; a padded slot points at a dropped token.
         """
         counts, all_real, last_visual = _kept_counts(keep, prefill, request)
         slots = max(counts)
@@ -441,44 +500,54 @@ class PrunedForwardMixin:
         index = torch.cat([past, past_slots + order], dim=1)
         for layer in cache.layers[: request.glimpse_layer + 1]:
             layer.keep(index)
-        prefill.hidden_states = prefill.hidden_states.take_along_dim(order[..., None], dim=1)
+        states = prefill.hidden_states
+        prefill.hidden_states = states.take_along_dim(order.to(states.device)[..., None], dim=1)
         positions = prefill.position_ids
         prefill.position_ids = positions.take_along_dim(
             order.expand(*positions.shape[:-1], -1), dim=-1
         )
+        prefill.order, prefill.glimpse_slice = order, slice(slots, slots)
         if all_real and min(counts) == slots:
             prefill.mask = None
-            return order
+            return
         past_mask = real.new_ones(batch, past_slots)
         if prefill.mask is not None:
             past_mask = prefill.mask[:, :past_slots]
         prefill.mask = torch.cat([past_mask, real], dim=1)
-        return order
 
     def _run_layers(
-        self, first: int, prefill: _Prefill, cache: DynamicCache, request: PruneRequest
+        self,
+        first: int,
+        block: _Block,
+        cache: DynamicCache,
+        request: PruneRequest,
+        outputs: LayerOutputs,
     ) -> None:
         if first == len(self.layers):
             return
-        mask, rotary = self._mask_and_rotary(prefill, cache, first)
-        for index, layer in enumerate(self.layers[first:], start=first):
+        mask, rotary = self._mask_and_rotary(block, cache, first)
+        for index in range(first, len(self.layers)):
             if request.in_place:
-                self._add_glimpse_vectors(index, prefill, request)
-            prefill.hidden_states = _run_layer(layer, prefill.hidden_states, mask, rotary, cache)
+                self._add_glimpse_vectors(index, block, request)
+            self._step(run_layer, index, block, mask, rotary, cache, outputs)
 
-    def _finish(self, dropped: int, prefill: _Prefill, cache: DynamicCache) -> None:
+    def _finish(self, prefill: _Block, cache: DynamicCache) -> None:
         """Tell every cache layer what was dropped."""
-        slots = prefill.past_slots + prefill.hidden_states.shape[1]
+        slots = prefill.past_slots + prefill.order.shape[1]
+        dropped = prefill.length - prefill.order.shape[1]
         delta = prefill.next_position - (slots + prefill.past_dropped + dropped)
+        new_columns = prefill.past_slots + prefill.past_dropped + prefill.order
         for layer in cache.layers:
             layer.dropped += dropped
             layer.prompt_slots = slots
             layer.fixed_slots = prefill.fixed_slots
             layer.prompt_mask = prefill.mask
             layer.position_delta = delta[:, None]
+        past_columns = prefill.past_columns.expand(len(new_columns), -1)
+        cache.layers[0].prompt_columns = torch.cat([past_columns, new_columns], dim=1)
 
     def _mask_and_rotary(
-        self, prefill: _Prefill, cache: DynamicCache, first_layer: int
+        self, block: _Block, cache: DynamicCache, first_layer: int
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
         """Attention mask and rotary embeddings for the layers from `first_layer` on.
 
@@ -487,61 +556,46 @@ class PrunedForwardMixin:
         """
         remaining = DynamicCache()
         remaining.layers = cache.layers[first_layer:]
-        mask = prefill.mask
+        mask = block.mask
         if mask is not None:
-            mask = torch.cat([mask.new_zeros(len(mask), prefill.past_dropped), mask], dim=1)
+            mask = torch.cat([mask.new_zeros(len(mask), block.past_dropped), mask], dim=1)
         arguments = {
             "config": self.config,
             "attention_mask": mask,
             "past_key_values": remaining,
         }
-        states = prefill.hidden_states
+        states = block.hidden_states
         if TRANSFORMERS_5:
             causal_mask = create_causal_mask(inputs_embeds=states, **arguments)
         else:
-            start = prefill.past_slots + prefill.past_dropped
+            start = block.past_slots + block.past_dropped
             positions = torch.arange(start, start + states.shape[1], device=states.device)
             causal_mask = create_causal_mask(
                 input_embeds=states, cache_position=positions, **arguments
             )
-        return causal_mask, self.rotary_emb(states, prefill.position_ids)
+        return causal_mask, self.rotary_emb(states, block.position_ids)
 
 
 def _is_2d(attention_mask: object) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
+def _bounds(part: slice) -> tuple[int, int]:
+    return part.start, part.stop
+
+
+def _over_prompt(weights: torch.Tensor | None, layer) -> torch.Tensor | None:
+    """Lay the keys of attention weights `(batch, heads, tokens, slots)` out as the caller's."""
+    if weights is None:
+        return None
+    slots = weights.shape[-1]
+    columns = slot_columns(layer, slots, weights.device).expand(len(weights), -1)
+    return spread(weights, columns, slots + layer.dropped, dim=3)
+
+
 def _insert(tensor: torch.Tensor, part: torch.Tensor, position: int, dim: int) -> torch.Tensor:
     before, after = tensor.tensor_split([position], dim=dim)
     return torch.cat([before, part, after], dim=dim)
-
-
-def _run_layer(layer: nn.Module, states: torch.Tensor, mask, rotary, cache) -> torch.Tensor:
-    output = layer(
-        states,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        position_embeddings=rotary,
-    )
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _run_attention(layer: nn.Module, states: torch.Tensor, mask, rotary, cache) -> torch.Tensor:
-    """The first half of a decoder layer: attention and its residual."""
-    attended = layer.self_attn(
-        hidden_states=layer.input_layernorm(states),
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        position_embeddings=rotary,
-    )
-    return states + attended[0]
-
-
-def _run_mlp(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The second half of a decoder layer: MLP and its residual."""
-    return states + layer.mlp(layer.post_attention_layernorm(states))
 
 
 def _plain(rotary: torch.Tensor) -> torch.Tensor:
@@ -552,49 +606,32 @@ def _plain(rotary: torch.Tensor) -> torch.Tensor:
     return rotary[0] if rotary.ndim == 4 else rotary
 
 
-def _query_logits(
-    layer: nn.Module,
-    states: torch.Tensor,
-    keys: torch.Tensor,
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
-) -> torch.Tensor:
-    """Scaled products of one query token with a layer's cached keys.
-
-    Args:
-        layer: the decoder layer.
-        states: `(batch, 1, hidden)`, the query token's input to the layer.
-        keys: `(batch, key_value_heads, slots, head_dim)`, rotated.
-        cosine, sine: `(batch, 1, head_dim)` of the query's position.
-
-    Returns:
-        `(batch, heads, slots)`.
-    """
-    attention = layer.self_attn
-    query = attention.q_proj(layer.input_layernorm(states))
-    query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (batch, heads, 1, dim)
-    query, _ = apply_rotary_pos_emb(query, query, cosine, sine)
-    grouped = query.squeeze(2).unflatten(1, (keys.shape[1], -1))
-    return (grouped @ keys.transpose(2, 3) * attention.scaling).flatten(1, 2)
-
-
 def _kept_counts(
-    keep: torch.Tensor, prefill: _Prefill, request: PruneRequest
+    keep: torch.Tensor, prefill: _Block, request: PruneRequest
 ) -> tuple[list[int], bool, int]:
     """Kept tokens of each row, whether the mask has no padding, the last visual token's column.
 
     It is the one place where a prefill waits for the device.
 
     Raises:
-        ValueError: when the masks came from weights that were never trained.
+        ValueError: when the masks came from weights that were never trained, or a prompt ends in
+            padding.
     """
     trained = request.glimpse.trained.to(keep.device).view(1)
-    all_real = trained.new_ones(1) if prefill.mask is None else prefill.mask.all().view(1)
-    last_visual = request.tokens.columns.max().view(1)
-    known = torch.cat([keep.sum(1), trained, all_real, last_visual])
-    *counts, trained, all_real, last_visual = known.tolist()
+    all_real = ends_real = trained.new_ones(1)
+    if prefill.mask is not None:
+        all_real = prefill.mask.all().view(1)
+        ends_real = prefill.valid[:, prefill.prompt_length - 1].all().view(1)
+    last_visual = request.tokens.columns.max().view(1).to(keep.device)
+    known = torch.cat([keep.sum(1), trained, all_real, ends_real, last_visual])
+    *counts, trained, all_real, ends_real, last_visual = known.tolist()
     if not trained and request.visual_keep_mask is None:
         raise ValueError(UNTRAINED)
+    if not ends_real:
+        raise ValueError(
+            "a prompt ends in padding, where the answer would start: pad on the left "
+            '(processor.tokenizer.padding_side = "left"), or use prune=False'
+        )
     return counts, bool(all_real), last_visual
 
 

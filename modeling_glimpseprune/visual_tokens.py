@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -17,13 +18,50 @@ class VisualFeatures(BaseModelOutputWithPooling):
     """Output of a vision encoder with what the predictor needs beside the embeddings.
 
     Attributes:
-        pooler_output: one `(tokens, hidden)` tensor an image.
-        deepstack_features: one list a tapped vision layer, then one of geometries; each list holds
-            one `(tokens, width)` tensor an image. The name is the field that `generate` repeats
-            together with the embeddings for beams and several returned sequences.
+        pooler_output: one `(placeholders, hidden)` tensor an image.
+        deepstack_features: for each view of the images in turn, one list a tapped vision layer,
+            then one of geometries, then one of places; each list holds one `(tokens, width)` tensor
+            an image. A place is the index of a visual token among its image's placeholders: those
+            without one are never dropped. The name is the field that `generate` repeats together
+            with the embeddings for beams and several returned sequences.
+        views: what the views of an image are called, in prompt order; None for a single one.
     """
 
     deepstack_features: list[list[torch.Tensor]] | None = None
+    views: tuple[str, ...] | None = None
+
+    def by_view(self) -> list[list[list[torch.Tensor]]]:
+        """The lists of each view."""
+        count = len(self.deepstack_features) // len(self.views or (None,))
+        lists = self.deepstack_features
+        return [lists[start : start + count] for start in range(0, len(lists), count)]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """`(placeholders, visual tokens)` of each image."""
+        places = zip(*(lists[-1] for lists in self.by_view()), strict=True)
+        visual = (sum(map(len, of_image)) for of_image in places)
+        return list(zip(map(len, self.pooler_output), visual, strict=True))
+
+
+def whole_images(
+    embeddings: list[torch.Tensor],
+    layers: list[torch.Tensor],
+    geometry: torch.Tensor,
+    skipped: int = 0,
+) -> VisualFeatures:
+    """Features of images whose placeholders are visual tokens of one view.
+
+    Args:
+        embeddings: one `(skipped + tokens, hidden)` tensor an image.
+        layers: one `(N, width)` tensor a tapped vision layer, image after image.
+        geometry: `(N, 6)`, see `token_geometry`.
+        skipped: placeholders at the start of each image that are no visual tokens.
+    """
+    sizes = [len(of_image) - skipped for of_image in embeddings]
+    places = [torch.arange(size, device=geometry.device)[:, None] + skipped for size in sizes]
+    split = [list(layer.split(sizes)) for layer in (*layers, geometry)]
+    return VisualFeatures(pooler_output=list(embeddings), deepstack_features=[*split, places])
 
 
 @contextmanager
@@ -78,7 +116,7 @@ class VisualTokens:
         rows, columns: `(N,)` where each token stands in the `(batch, length)` prompt.
         features: one `(N, width)` tensor a tapped vision layer.
         geometry: `(N, 6)`, see `token_geometry`.
-        kinds: `"image"` or `"video"`, one an item.
+        kinds: `"image"`, `"video"` or the name of a view, one an item.
         sizes: tokens of each item.
     """
 
@@ -134,13 +172,15 @@ def collect_visual_tokens(
         encoded: encoder outputs by kind.
         masks: `(batch, length)` bool by kind, True at the placeholders of that kind.
     """
-    parts = [_part(kind, features, masks[kind]) for kind, features in encoded.items()]
+    parts = [
+        part for kind, features in encoded.items() for part in _parts(kind, features, masks[kind])
+    ]
     positions = torch.cat([part.positions for part in parts])
     features = [torch.cat(layer) for layer in zip(*(part.features for part in parts), strict=True)]
     kinds = [kind for part in parts for kind in [part.kind] * len(part.sizes)]
     sizes = [size for part in parts for size in part.sizes]
     if len(parts) > 1:
-        starts = torch.tensor([0, *sizes[:-1]], device=positions.device).cumsum(0)
+        starts = torch.tensor([0, *accumulate(sizes[:-1])], device=positions.device)
         item_order = positions[starts].argsort().tolist()
         kinds, sizes = [kinds[i] for i in item_order], [sizes[i] for i in item_order]
         order = positions.argsort()
@@ -159,8 +199,17 @@ class _Part:
     sizes: list[int]
 
 
-def _part(kind: str, encoded: VisualFeatures, mask: torch.Tensor) -> _Part:
-    sizes = [len(embeddings) for embeddings in encoded.pooler_output]
+def _parts(kind: str, encoded: VisualFeatures, mask: torch.Tensor) -> list[_Part]:
+    """One part a view."""
+    lengths = [len(embeddings) for embeddings in encoded.pooler_output]
+    starts = [0, *accumulate(lengths)]
     first = (~mask.flatten()).to(torch.uint8).argsort(stable=True)  # placeholders first, in order
-    features = [torch.cat(list(layer)).to(mask.device) for layer in encoded.deepstack_features]
-    return _Part(kind, first[: sum(sizes)], features, sizes)
+    parts = []
+    for view, lists in zip(encoded.views or (kind,), encoded.by_view(), strict=True):
+        *layers, places = lists
+        sizes = [len(of_image) for of_image in places]
+        of_batch = [place[:, 0] + start for place, start in zip(places, starts, strict=False)]
+        positions = first[torch.cat(of_batch).to(mask.device)]
+        features = [torch.cat(list(layer)).to(mask.device) for layer in layers]
+        parts.append(_Part(view, positions, features, sizes))
+    return parts

@@ -1,36 +1,65 @@
 """Tiny random models and prompts that the tests share.
 
-`build_models` makes a stock Qwen2.5-VL and a GlimpsePrune model with the same base weights, in
-float32; `build_batch` turns short descriptions of prompts into model inputs. Both are plain
-functions, offered to the tests as fixtures of the same names.
+`build_models` makes a stock model and a GlimpsePrune model of one family with the same base
+weights, in float32; `build_batch` turns short descriptions of prompts into model inputs. Both are
+plain functions, offered to the tests as fixtures of the same names, for the family that the fixture
+`family` names.
 """
 
+import copy
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
-from modeling_glimpseprune.modeling_qwen2_5_vl import (
-    GlimpsePruneQwen2_5_VLForConditionalGeneration,
+from llava_prompts import config_fields, llava_image, llava_next_image, next_config_fields
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
+
+from conversion.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PAD_TOKEN, VOCABULARY = 0, 200
 FIRST_SPECIAL_TOKEN = 190  # text tokens are 1..189
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 190, 191, 192, 193
 PATCH, MERGE, TEMPORAL_PATCH = 4, 2, 2
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 class Models(NamedTuple):
     """A stock model and a GlimpsePrune model with the same base weights, both in `eval` mode."""
 
-    stock: Qwen2_5_VLForConditionalGeneration
-    pruned: GlimpsePruneQwen2_5_VLForConditionalGeneration
+    stock: PreTrainedModel
+    pruned: PreTrainedModel
+
+
+class FamilyOfTests(NamedTuple):
+    """One family as the tests build it.
+
+    Args:
+        family: our classes.
+        stock_config_class, stock_class: the stock ones.
+        config_fields: makes keyword arguments of a tiny stock configuration.
+        build_visual: makes one image or video of a prompt from its description: token ids, pixel
+            inputs, and `(kind, grid)` of each view.
+    """
+
+    family: Family
+    stock_config_class: type[PretrainedConfig]
+    stock_class: type[PreTrainedModel]
+    config_fields: Callable[..., dict]
+    build_visual: Callable[[tuple, torch.Generator], tuple[list[int], dict, list]]
 
 
 class Batch(NamedTuple):
@@ -40,11 +69,13 @@ class Batch(NamedTuple):
         inputs: keyword arguments of `forward` and `generate` for the whole batch.
         rows: the same for each prompt alone, without padding.
         visual_counts: visual tokens of each prompt.
+        visuals: `(row, kind, (frames, height, width))` of each view of each image and video.
     """
 
     inputs: dict
     rows: list[dict]
     visual_counts: list[int]
+    visuals: list[tuple]
 
     @property
     def num_visual(self) -> int:
@@ -104,20 +135,26 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def build_models(
-    seed: int = 0, attn_implementation: str = "sdpa", glimpse: dict | None = None, **sizes
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+    glimpse: dict | None = None,
+    family: str = "qwen2_5_vl",
+    **sizes,
 ) -> Models:
     """Models of their own; `sizes` as in `build_config_fields`, `glimpse` as in the config."""
-    fields = build_config_fields(**sizes)
+    classes = FAMILIES[family]
+    fields = classes.config_fields(**sizes)
     fields["attn_implementation"] = attn_implementation
-    stock = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**fields)).eval()
+    stock = classes.stock_class(classes.stock_config_class(**copy.deepcopy(fields))).eval()
     randomise(stock, seed)
     stock.lm_head.weight.data[FIRST_SPECIAL_TOKEN:] = 0  # answers are text
     small = {"predictor_hidden_size": 16, "predictor_condition_size": 16, "predictor_num_heads": 2}
-    config = GlimpsePruneQwen2_5_VLConfig(**fields, **(small | (glimpse or {})))
-    pruned = GlimpsePruneQwen2_5_VLForConditionalGeneration(config).eval()
+    config = classes.family.config_class(**fields, **(small | (glimpse or {})))
+    pruned = classes.family.model_class(config).eval()
     missing, unexpected = pruned.load_state_dict(stock.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("model.glimpse.") for name in missing)
     randomise(pruned.model.glimpse, seed + 1)
+    pruned.model.glimpse.predictor.output_projection.weight.data *= 0.2  # no saturated sigmoids
     pruned.model.glimpse.trained.fill_(True)
     for model in (stock, pruned):
         model.generation_config.pad_token_id = PAD_TOKEN
@@ -125,87 +162,129 @@ def build_models(
     return Models(stock, pruned)
 
 
-def build_batch(prompts: list[list], seed: int = 0) -> Batch:
+def build_batch(prompts: list[list], seed: int = 0, family: str = "qwen2_5_vl") -> Batch:
     """Random inputs for described prompts.
 
     Args:
         prompts: for each prompt its parts in order: an integer is that many text tokens,
-            `(height, width)` an image and `(frames, height, width)` a video, in visual tokens.
+            `(height, width)` an image and `(frames, height, width)` a video, in visual tokens (or
+            what the family makes of it).
         seed: of token ids and pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = [_build_row(parts, generator) for parts in prompts]
-    visual_counts = [
-        sum(math.prod(part) for part in parts if isinstance(part, tuple)) for parts in prompts
-    ]
-    return Batch(_pad_together(rows), rows, visual_counts)
+    build_visual = FAMILIES[family].build_visual
+    rows, counts, visuals = [], [], []
+    for index, parts in enumerate(prompts):
+        row, views = _build_row(parts, generator, build_visual)
+        rows.append(row)
+        grids = [(kind, (1, *grid)[-3:]) for kind, grid in views]
+        counts.append(sum(math.prod(grid) for _, grid in grids))
+        visuals += [(index, kind, grid) for kind, grid in grids]
+    return Batch(pad_together(rows), rows, counts, visuals)
 
 
-def _build_row(parts: list, generator: torch.Generator) -> dict:
-    ids, pixels, grids = [], {"image": [], "video": []}, {"image": [], "video": []}
+def _build_row(parts: list, generator: torch.Generator, build_visual: Callable) -> tuple:
+    ids, pixels, views = [], [], []
     for part in parts:
         if isinstance(part, int):
             ids += torch.randint(1, FIRST_SPECIAL_TOKEN, (part,), generator=generator).tolist()
             continue
-        kind, token = ("image", IMAGE_TOKEN) if len(part) == 2 else ("video", VIDEO_TOKEN)
-        frames, height, width = (1, *part)[-3:]
-        ids += [VISION_START, *[token] * (frames * height * width), VISION_END]
-        grids[kind].append([frames, height * MERGE, width * MERGE])
-        patches = frames * height * width * MERGE**2
-        size = 3 * TEMPORAL_PATCH * PATCH**2
-        pixels[kind].append(torch.randn(patches, size, generator=generator))
+        tokens, inputs, views_of_part = build_visual(part, generator)
+        ids += tokens
+        pixels.append(inputs)
+        views += views_of_part
     row = {"input_ids": torch.tensor([ids])}
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    if TRANSFORMERS_5:
+    if TRANSFORMERS_5 and build_visual is build_qwen_visual:
         row["mm_token_type_ids"] = _token_types(row["input_ids"])
-    if pixels["image"]:
-        row["pixel_values"] = torch.cat(pixels["image"])
-        row["image_grid_thw"] = torch.tensor(grids["image"])
-    if pixels["video"]:
-        row["pixel_values_videos"] = torch.cat(pixels["video"])
-        row["video_grid_thw"] = torch.tensor(grids["video"])
-    return row
+    return row | _concatenate(pixels), views
+
+
+def build_qwen_visual(part: tuple, generator: torch.Generator) -> tuple[list[int], dict, list]:
+    """See `FamilyOfTests`."""
+    kind, token = ("image", IMAGE_TOKEN) if len(part) == 2 else ("video", VIDEO_TOKEN)
+    frames, height, width = (1, *part)[-3:]
+    count = frames * height * width
+    values = 3 * TEMPORAL_PATCH * PATCH**2
+    pixels = torch.randn(count * MERGE**2, values, generator=generator)
+    grid = torch.tensor([[frames, height * MERGE, width * MERGE]])
+    suffix = "" if kind == "image" else "_videos"
+    inputs = {f"pixel_values{suffix}": pixels, f"{kind}_grid_thw": grid}
+    return [VISION_START, *[token] * count, VISION_END], inputs, [(kind, part)]
+
+
+FAMILIES = {
+    "qwen2_5_vl": FamilyOfTests(
+        QWEN2_5_VL,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        build_config_fields,
+        build_qwen_visual,
+    ),
+    "llava": FamilyOfTests(
+        LLAVA,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        partial(config_fields, VOCABULARY, PAD_TOKEN),
+        llava_image,
+    ),
+    "llava_next": FamilyOfTests(
+        LLAVA_NEXT,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        partial(next_config_fields, VOCABULARY, PAD_TOKEN),
+        llava_next_image,
+    ),
+}
 
 
 def _token_types(input_ids: torch.Tensor) -> torch.Tensor:
     return (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()
 
 
-def _pad_together(rows: list[dict]) -> dict:
+def _concatenate(inputs: list[dict]) -> dict:
+    names = dict.fromkeys(name for each in inputs for name in each)
+    return {name: torch.cat([each[name] for each in inputs if name in each]) for name in names}
+
+
+def pad_together(rows: list[dict]) -> dict:
+    """Inputs of a batch from those of its prompts."""
     length = max(row["input_ids"].shape[1] for row in rows)
-    inputs = {}
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        if name in rows[0]:
-            inputs[name] = torch.cat([_pad_left(row[name], length) for row in rows])
-    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
-        parts = [row[name] for row in rows if name in row]
-        if parts:
-            inputs[name] = torch.cat(parts)
-    return inputs
+    text = [name for name in rows[0] if name in TEXT_INPUTS]
+    inputs = {name: torch.cat([_pad_left(row[name], length) for row in rows]) for name in text}
+    pixels = [{name: row[name] for name in row if name not in TEXT_INPUTS} for row in rows]
+    return inputs | _concatenate(pixels)
 
 
 def _pad_left(row: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(row, (length - row.shape[1], 0), value=PAD_TOKEN)
 
 
-@pytest.fixture(scope="session", name="build_models")
-def build_models_fixture():
-    return build_models
+@pytest.fixture
+def family() -> str:
+    """The family under test; modules that test several put a fixture of this name in its place."""
+    return "qwen2_5_vl"
 
 
-@pytest.fixture(scope="session")
-def shared_models():
+@pytest.fixture(name="build_models")
+def build_models_fixture(family):
+    return partial(build_models, family=family)
+
+
+@pytest.fixture
+def shared_models(family):
     """`build_models` with a memory, for tests that leave the models as they found them."""
-    remembered = lru_cache(maxsize=None)(
-        lambda seed, attention, glimpse, sizes: build_models(
-            seed, attention, _thaw(glimpse), **_thaw(sizes)
-        )
-    )
 
     def shared(seed=0, attn_implementation="sdpa", glimpse=None, **sizes) -> Models:
-        return remembered(seed, attn_implementation, _freeze(glimpse or {}), _freeze(sizes))
+        glimpse, sizes = _freeze(glimpse or {}), _freeze(sizes)
+        return _remembered_models(family, seed, attn_implementation, glimpse, sizes)
 
     return shared
+
+
+@cache
+def _remembered_models(family: str, seed: int, attention: str, glimpse, sizes) -> Models:
+    return build_models(seed, attention, _thaw(glimpse), family, **_thaw(sizes))
 
 
 def _freeze(fields: dict) -> tuple:
@@ -218,6 +297,6 @@ def _thaw(fields: tuple) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
 
 
-@pytest.fixture(scope="session", name="build_batch")
-def build_batch_fixture():
-    return build_batch
+@pytest.fixture(name="build_batch")
+def build_batch_fixture(family):
+    return partial(build_batch, family=family)

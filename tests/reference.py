@@ -15,8 +15,15 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from llava_prompts import PATCH, SIDE, best_tiles, grid_of
 
-PIXEL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+PIXEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "image_sizes",
+)
 
 
 class ReferenceOutput(NamedTuple):
@@ -72,8 +79,20 @@ def generate_hidden(
 
 def visual_positions(stock, prompt: dict) -> list[int]:
     """Where in the prompt its n visual tokens are."""
-    visual = {stock.config.image_token_id, stock.config.video_token_id}
-    return [i for i, token in enumerate(prompt["input_ids"][0].tolist()) if token in visual]
+    names = ("image_token_id", "video_token_id")
+    visual = {getattr(stock.config, name) for name in names if hasattr(stock.config, name)}
+    ids = prompt["input_ids"][0].tolist()
+    placeholders = [i for i, token in enumerate(ids) if token in visual]
+    if "image_sizes" not in prompt:
+        return placeholders
+    visual = [view for size in prompt["image_sizes"].tolist() for view in _is_visual(size)]
+    return [place for place, counts in zip(placeholders, visual, strict=True) if counts]
+
+
+def _is_visual(image_size: list[int]) -> list[bool]:
+    """For each placeholder of a LLaVA-NeXT image, False where it ends a row of the grid."""
+    rows, columns = grid_of(*(side // PATCH for side in image_size))
+    return [True] * SIDE**2 + ([True] * columns + [False]) * rows
 
 
 def dropped_positions(stock, prompt: dict, keep_mask: torch.Tensor) -> torch.Tensor:
@@ -101,11 +120,13 @@ def allowed_attention(dropped: torch.Tensor, prompt_length: int, prunes: bool) -
 
 
 def positions(stock, prompt: dict, length: int) -> torch.Tensor:
-    """Rotary positions `(3, 1, length)`: the stock ones of the prompt, then one more a token.
+    """Rotary positions `(..., 1, length)`: the stock ones of the prompt, then one more a token.
 
     `generate` counts on from the last token, which a long video before it may have overtaken.
     """
     prompt_length = prompt["input_ids"].shape[1]
+    if stock.config.model_type != "qwen2_5_vl":
+        return torch.arange(length)[None]
     if "image_grid_thw" in prompt or "video_grid_thw" in prompt:
         names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
         arguments = {name: prompt[name] for name in names if name in prompt}
@@ -244,7 +265,7 @@ def _run_with_glimpse(stock, weights: dict, config, prompt: dict):
     for hook in hooks:
         hook.remove()
     keys = [layer.keys[0] for layer in outputs.past_key_values.layers]
-    return inputs, keys, position_ids[0, 0, -1].item()
+    return inputs, keys, position_ids.flatten()[-1].item()
 
 
 def _attention_of_last(stock, layer: int, hidden, keys, position: int) -> torch.Tensor:
@@ -275,7 +296,56 @@ def _rotate(vector: torch.Tensor, angles: list[float]) -> torch.Tensor:
 
 
 def _tapped_features(stock, vision_layers: list[int], prompt: dict):
-    """Output of vision blocks, averaged over a token's patches, as `(n, width)` in raster order."""
+    """What conditions the predictor, as `(n, width)` a layer, and the n tokens."""
+    family = {"qwen2_5_vl": _features_of_qwen, "llava": _features_of_llava}
+    return family.get(stock.config.model_type, _features_of_llava_next)(
+        stock, vision_layers, prompt
+    )
+
+
+def _features_of_llava(stock, vision_layers: list[int], prompt: dict):
+    """Hidden states without the class token, patch after patch."""
+    states = _hidden_states(stock, prompt["pixel_values"])
+    images = range(len(prompt["pixel_values"]))
+    tokens = [
+        _Token(image, 0, row, column, (0, 0))
+        for image, row, column in product(images, range(SIDE), range(SIDE))
+    ]
+    picked = [(token.image, 1 + token.row * SIDE + token.column) for token in tokens]
+    return [torch.stack([states[layer][at] for at in picked]) for layer in vision_layers], tokens
+
+
+def _features_of_llava_next(stock, vision_layers: list[int], prompt: dict):
+    """Of each image the base view, then the grid: each token looked up in its tile."""
+    tokens, picked = [], []
+    for image, size in enumerate(prompt["image_sizes"].tolist()):
+        height, width = (side // PATCH for side in size)
+        rows, columns = grid_of(height, width)
+        down, across = best_tiles(height, width)
+        top, left = (down * SIDE - rows) // 2, (across * SIDE - columns) // 2
+        for row, column in product(range(SIDE), range(SIDE)):
+            tokens.append(_Token(image, 0, row, column, (0, 0)))
+            picked.append((image, 0, 1 + row * SIDE + column))
+        for row, column in product(range(rows), range(columns)):
+            tokens.append(_Token(image, 1, row, column, (0, 0)))
+            tile = 1 + (top + row) // SIDE * across + (left + column) // SIDE
+            patch = (top + row) % SIDE * SIDE + (left + column) % SIDE
+            picked.append((image, tile, 1 + patch))
+    states = [_hidden_states(stock, tiles) for tiles in prompt["pixel_values"]]
+    features = [
+        torch.stack([states[image][layer][tile, patch] for image, tile, patch in picked])
+        for layer in vision_layers
+    ]
+    return features, tokens
+
+
+def _hidden_states(stock, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of CLIP's tower: the embeddings, then each block's output."""
+    return stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+
+
+def _features_of_qwen(stock, vision_layers: list[int], prompt: dict):
+    """Output of vision blocks, averaged over a token's patches, in raster order."""
     captured = {}
 
     def capture(index: int) -> Callable:

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conversion.shards import ConversionError
 from safetensors.torch import load_file
 
 from conversion.convert_official import convert
-from modeling_glimpseprune.modeling_qwen2_5_vl import (
-    GlimpsePruneQwen2_5_VLForConditionalGeneration,
-)
+from conversion.families import family_of
+from glimpseprune.hub.shards import ConversionError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("GLIMPSEPRUNE_GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
-FOLDERS = {path.parent.name: path.parent for path in GOLDEN.glob("qwen2_5_vl/*/case.json")}
+FOLDERS = {
+    f"{path.parts[-3]}/{path.parts[-2]}": path.parent for path in GOLDEN.glob("*/*/case.json")
+}
 SCORE_TOLERANCE, LOGIT_TOLERANCE, VECTOR_TOLERANCE = 2e-4, 1e-4, 5e-6
 MODEL_INPUTS = (
     "input_ids",
@@ -49,9 +49,12 @@ def is_ablation(case: str) -> bool:
 ABLATIONS = sorted(filter(is_ablation, FOLDERS))
 CASES = sorted(set(FOLDERS) - set(ABLATIONS))
 BATCHES = [case for case in CASES if len(read_meta(case)["prompts"]) > 1]
-ABSENT = pytest.param(
-    None, marks=pytest.mark.skip(reason=f"{GOLDEN} holds no recorded Qwen2.5-VL outputs")
-)
+ABSENT = pytest.param(None, marks=pytest.mark.skip(reason=f"{GOLDEN} holds no recorded outputs"))
+
+
+def base_of(case: str) -> Path:
+    meta = read_meta(case)
+    return FOLDERS[case] / meta.get("base", meta.get("base_hf"))
 
 
 def every(cases: list[str]) -> pytest.MarkDecorator:
@@ -73,12 +76,30 @@ class Sample:
         if pixels is not None:  # a row of a batch: its pixels are a part of the batch's
             start, end = self.inputs["pixel_slice"].tolist()
             self.inputs["pixel_values"] = pixels[start:end]
+        if "hf_input_ids" in self.inputs:
+            self._as_llava_of_the_hub()
         self.inputs["pixel_values"] = self.inputs["pixel_values"].float()
+        self.vocabulary = self.target["prefill_logits_last"].shape[-1]
+
+    def _as_llava_of_the_hub(self) -> None:
+        """Prompts with a placeholder for each visual token; outputs of all rows in one list."""
+        for name in ("input_ids", "attention_mask"):
+            self.inputs[name] = self.inputs.pop(f"hf_{name}")
+        self.inputs.setdefault("pixel_values", self.inputs.get("images"))
+        self.inputs["image_row"] = torch.arange(len(self.inputs["input_ids"]))
+        self.target["attn_map"] = self.target["attn_map"].flatten(0, 1)
+        self.target["selected_image_embeds"] = self.target["selected_image_embeds"].flatten(1, 2)
+
+    @property
+    def grids(self) -> list[list[int]]:
+        if "grid_hw" in self.target:
+            return [[1, *self.target["grid_hw"].tolist()]] * len(self.inputs["image_row"])
+        return (self.inputs["image_grid_thw"] // torch.tensor([1, 2, 2])).tolist()
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         names = [name for name in MODEL_INPUTS if name in self.inputs]
         if not TRANSFORMERS_5:
-            names.remove("mm_token_type_ids")
+            names = [name for name in names if name != "mm_token_type_ids"]
         return {name: self.inputs[name] for name in names}
 
 
@@ -95,12 +116,11 @@ def load_model(tmp_path_factory):
     """Convert a case and load it in float32, once a session."""
 
     @functools.cache
-    def load(case: str) -> GlimpsePruneQwen2_5_VLForConditionalGeneration:
-        output = tmp_path_factory.mktemp("golden") / case
-        convert(FOLDERS[case] / read_meta(case)["base"], FOLDERS[case], output)
-        model = GlimpsePruneQwen2_5_VLForConditionalGeneration.from_pretrained(
-            output, dtype=torch.float32
-        )
+    def load(case: str):
+        output = tmp_path_factory.mktemp("golden") / "model"
+        convert(base_of(case), FOLDERS[case], output)
+        family = family_of(json.loads((output / "config.json").read_text()), output)
+        model = family.model_class.from_pretrained(output, dtype=torch.float32)
         model.generation_config.eos_token_id = None  # as recorded: no token ends a generation
         return model.eval()
 
@@ -124,9 +144,9 @@ def new_tokens(output, sample: Sample) -> list[list[int]]:
     return output.sequences[:, sample.inputs["input_ids"].shape[1] :].tolist()
 
 
-def step_logits(output) -> torch.Tensor:
-    """`(batch, steps, vocabulary)`."""
-    return torch.stack(output.logits, dim=1)
+def step_logits(output, sample: Sample) -> torch.Tensor:
+    """`(batch, steps, vocabulary)`; the Hub's LLaVA knows a few words more."""
+    return torch.stack(output.logits, dim=1)[..., : sample.vocabulary]
 
 
 def assert_near(found: torch.Tensor, target: torch.Tensor, tolerance: float) -> None:
@@ -151,8 +171,7 @@ def test_golden_record_by_image(load_model, case):
     counts = [[visual.kept, visual.total] for visual in record.visuals]
     assert counts == read_meta(case)["kept_per_image"]
     assert [visual.row for visual in record.visuals] == sample.inputs["image_row"].tolist()
-    grids = sample.inputs["image_grid_thw"] // torch.tensor([1, 2, 2])
-    assert [list(visual.grid) for visual in record.visuals] == grids.tolist()
+    assert [list(visual.grid) for visual in record.visuals] == sample.grids
     assert {visual.kind for visual in record.visuals} == {"image"}
     assert (
         record.retention
@@ -201,7 +220,7 @@ def test_golden_prefill_logits(load_model, case):
     """Logits of every kept prompt token, in the prompt's full length."""
     sample, _ = load_samples(case)
     with torch.no_grad():
-        logits = load_model(case)(**sample.model_inputs()).logits
+        logits = load_model(case)(**sample.model_inputs()).logits[..., : sample.vocabulary]
     assert_near(logits[:, -1], sample.target["prefill_logits_last"], LOGIT_TOLERANCE)
     kept = sample.target["remain_masks"] & sample.inputs["attention_mask"].bool()
     real = sample.target["reduced_attention_mask"].bool()
@@ -213,7 +232,7 @@ def test_golden_greedy_tokens(load_model, case):
     for sample in load_samples(case)[1]:
         output = generate(load_model(case), sample)
         assert new_tokens(output, sample) == sample.target["generated_ids"].tolist()
-        assert_near(step_logits(output), sample.target["step_logits"], LOGIT_TOLERANCE)
+        assert_near(step_logits(output, sample), sample.target["step_logits"], LOGIT_TOLERANCE)
         record = output.past_key_values.glimpse
         assert torch.equal(record.keep_mask, sample.target["image_token_keep_mask"])
 
@@ -223,7 +242,9 @@ def test_golden_unpruned_tokens(load_model, case):
     for sample in load_samples(case)[1]:
         output = generate(load_model(case), sample, prune=False)
         assert new_tokens(output, sample) == sample.target["unpruned_generated_ids"].tolist()
-        assert_near(step_logits(output), sample.target["unpruned_step_logits"], LOGIT_TOLERANCE)
+        assert_near(
+            step_logits(output, sample), sample.target["unpruned_step_logits"], LOGIT_TOLERANCE
+        )
 
 
 @every(BATCHES)
@@ -233,12 +254,14 @@ def test_golden_batch_equals_rows_alone(load_model, case):
     output = generate(load_model(case), batch)
     for row, alone in enumerate(rows):
         assert new_tokens(output, batch)[row] == alone.target["generated_ids"][0].tolist()
-        assert_near(step_logits(output)[row], alone.target["step_logits"][0], LOGIT_TOLERANCE)
+        assert_near(
+            step_logits(output, batch)[row], alone.target["step_logits"][0], LOGIT_TOLERANCE
+        )
 
 
 @every(ABLATIONS)
 def test_golden_ablations_are_refused(case, tmp_path):
     settings = r"(deep_supervision|ori_attn_supervision|attn_fuse_type)=.* is not supported"
     with pytest.raises(ConversionError, match=settings):
-        convert(FOLDERS[case] / read_meta(case)["base"], FOLDERS[case], tmp_path / case)
+        convert(base_of(case), FOLDERS[case], tmp_path / "out")
     assert not list(tmp_path.iterdir())

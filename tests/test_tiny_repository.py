@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from glimpseprune.loading import REPOSITORY, SAMPLE_PAGE, TINY_MODEL
 
@@ -42,7 +43,10 @@ print(json.dumps({
 
 
 def test_code_files_are_links_and_complete():
-    shipped = {path.name for path in CODE.glob("*.py")} - {"__init__.py"}
+    references = json.loads((TINY_MODEL / "config.json").read_text())["auto_map"].values()
+    entries = {CODE / f"{reference.partition('.')[0]}.py" for reference in references}
+    needed = [file for entry in entries for file in get_relative_import_files(entry)]
+    shipped = {Path(file).name for file in [*entries, *needed]}
     links = {path.name: path for path in TINY_MODEL.glob("*.py")}
     assert set(links) == shipped
     for name, link in links.items():

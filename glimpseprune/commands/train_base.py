@@ -9,6 +9,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_base.yaml"))
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--start", type=Path, help="model folder to go on from, not from nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="time between savings")
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = BaseTrainer(recipe, build_processor(), arguments.output, arguments.seed)
     if not arguments.no_resume and trainer.resume():
         print(f"resuming after step {trainer.step} of {recipe.total_steps}")
+    elif arguments.start:
+        trainer.start_from(arguments.start)
     trainer.train(save_minutes=arguments.save_minutes)
     print(json.dumps(write_summary(trainer), indent=2))
     return 0

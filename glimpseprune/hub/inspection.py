@@ -7,7 +7,7 @@ those headers are fetched.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,11 +185,11 @@ def _check_tensors(shards: list[Shard], family: Family, config: PretrainedConfig
     """Compare names, shapes and dtypes with a model built without storage."""
     with torch.device("meta"), _no_initialisation():
         expected = {
-            name: tuple(tensor.shape)
+            _rename(name, family.key_mapping): tuple(tensor.shape)
             for name, tensor in family.model_class(config).state_dict().items()
             if _base_included(config) or name.startswith(GLIMPSE_PREFIX)
         }
-    found = _own_names(shards, config)
+    found = _own_names(shards, family)
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
         found.pop("lm_head.weight", None)
@@ -209,17 +209,18 @@ def _check_tensors(shards: list[Shard], family: Family, config: PretrainedConfig
         raise ConversionError(f"the glimpse weights mix dtypes: {', '.join(sorted(glimpse))}")
 
 
-def _own_names(shards: list[Shard], config: PretrainedConfig) -> dict[str, dict]:
-    """Header entries by the model's names."""
-    key_mapping = (config.glimpse_base or {}).get("key_mapping") or {}
+def _rename(name: str, key_mapping: Mapping[str, str]) -> str:
+    """A tensor's name in a repository of ours, whatever wrote it under a name of its own."""
+    pattern = next((pattern for pattern in key_mapping if re.search(pattern, name)), None)
+    return name if pattern is None else re.sub(pattern, key_mapping[pattern], name)
+
+
+def _own_names(shards: list[Shard], family: Family) -> dict[str, dict]:
+    """Header entries by the names of our repositories."""
     found: dict[str, dict] = {}
     for shard in shards:
         for name, entry in shard.tensors.items():
-            own = name
-            for pattern, replacement in key_mapping.items():
-                own, changes = re.subn(pattern, replacement, own)
-                if changes:
-                    break
+            own = _rename(name, family.key_mapping)
             if own in found:
                 raise ConversionError(f"{own} is held twice, the second time as {name}")
             found[own] = entry
@@ -254,7 +255,7 @@ def _report(
     commit: str | None,
     pickles: tuple[str, ...],
 ) -> Report:
-    found = _own_names(shards, config)
+    found = _own_names(shards, family)
     glimpse = {name: entry for name, entry in found.items() if name.startswith(GLIMPSE_PREFIX)}
     predictor = [entry for name, entry in glimpse.items() if name.startswith(PREDICTOR_PREFIX)]
     weights = [entry for name, entry in glimpse.items() if name != TRAINED_KEY]

@@ -75,6 +75,24 @@ class BaseTrainer:
         self.optimisers = _optimisers(self.model, self.heads, recipe)
         self.step, self.pages_seen, self.seconds = 0, 0, 0.0
 
+    def start_from(self, folder: Path) -> None:
+        """Take the base's weights from a model folder instead of random ones.
+
+        A GlimpsePrune repository's added weights are left out. Give the seed the model was trained
+        with: the codes that teach seeing are drawn from it.
+
+        Raises:
+            ValueError: where the folder's weights are not those of a tiny base.
+        """
+        from safetensors.torch import load_file
+
+        weights = load_file(folder / "model.safetensors")
+        base = {name: each for name, each in weights.items() if ".glimpse." not in name}
+        try:
+            self.model.load_state_dict(base)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds no tiny base: {error}") from None
+
     def train(
         self, save_minutes: float = 3.0, progress: bool = True, last_step: int | None = None
     ) -> None:

@@ -1,0 +1,156 @@
+"""Runs one decoder layer, whole or by halves, over a cache whose layers differ in length.
+
+Layers follow Llama's names. No attention class is touched: whatever the attention implementation,
+the layers compute it themselves.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def run_layer(
+    layer: nn.Module,
+    states: torch.Tensor,
+    mask: torch.Tensor | None,
+    rotary: Rotary,
+    cache: Cache,
+) -> torch.Tensor:
+    """`(batch, length, hidden)` after a layer; its keys and values go to the cache."""
+
+    def run(states: torch.Tensor, cache: Cache) -> torch.Tensor:
+        output = layer(
+            states,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=rotary,
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    if _checkpoints(layer):
+        return _run_checkpointed(run, layer, states, cache)
+    return run(states, cache)
+
+
+def run_attention(
+    layer: nn.Module,
+    states: torch.Tensor,
+    mask: torch.Tensor | None,
+    rotary: Rotary,
+    cache: Cache,
+) -> torch.Tensor:
+    """The first half of a layer: attention and its residual."""
+
+    def run(states: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return run_attention_with_weights(layer, states, mask, rotary, cache)[0]
+
+    if _checkpoints(layer):
+        return _run_checkpointed(run, layer, states, cache)
+    return run(states, cache)
+
+
+def run_attention_with_weights(
+    layer: nn.Module,
+    states: torch.Tensor,
+    mask: torch.Tensor | None,
+    rotary: Rotary,
+    cache: Cache,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `run_attention`, and the weights `(batch, heads, length, slots)` where there are any."""
+    device = device_of(layer.input_layernorm, states)
+    attended = layer.self_attn(
+        hidden_states=layer.input_layernorm(states.to(device)),
+        attention_mask=None if mask is None else mask.to(device),
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=tuple(part.to(device) for part in rotary),
+    )
+    return states.to(attended[0].device) + attended[0], attended[1]
+
+
+def run_mlp(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The second half of a layer: MLP and its residual."""
+    return states + layer.mlp(layer.post_attention_layernorm(states))
+
+
+def query_logits(
+    layer: nn.Module, states: torch.Tensor, keys: torch.Tensor, rotary: Rotary
+) -> torch.Tensor:
+    """Scaled products of one query token with a layer's cached keys.
+
+    Args:
+        layer: the decoder layer.
+        states: `(batch, 1, hidden)`, the query token's input to the layer.
+        keys: `(batch, key_value_heads, slots, head_dim)`, rotated.
+        rotary: cosine and sine `(batch, 1, head_dim)` of the query's position.
+
+    Returns:
+        `(batch, heads, slots)`.
+    """
+    attention = layer.self_attn
+    device = device_of(layer.input_layernorm, states)
+    query = attention.q_proj(layer.input_layernorm(states.to(device)))
+    query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (batch, heads, 1, dim)
+    cosine, sine = (part.to(query.device) for part in rotary)
+    query, _ = apply_rotary_pos_emb(query, query, cosine, sine)
+    grouped = query.squeeze(2).unflatten(1, (keys.shape[1], -1))
+    keys = keys.to(grouped.device)  # an offloaded cache holds them elsewhere
+    return (grouped @ keys.transpose(2, 3) * attention.scaling).flatten(1, 2)
+
+
+def device_of(module: nn.Module, states: torch.Tensor) -> torch.device:
+    """Where a module computes; where the states are if its weights are fetched when needed."""
+    weight = next(module.parameters(), states)
+    return states.device if weight.device.type == "meta" else weight.device
+
+
+def _checkpoints(layer: nn.Module) -> bool:
+    return layer.gradient_checkpointing and layer.training
+
+
+class _HeldStates:
+    """Stands in for the cache while a layer runs: the states come in and go out as arguments."""
+
+    def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        self.keys, self.values = keys, values
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.keys is not None:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _run_checkpointed(
+    run: Callable, layer: nn.Module, states: torch.Tensor, cache: Cache
+) -> torch.Tensor:
+    """Run with activations recomputed in the backward pass, keys and values excepted.
+
+    The stock checkpointing of a layer takes its cache away, so the layer's own is switched off.
+    """
+    held = cache.layers[layer.self_attn.layer_idx]
+    past = (held.keys, held.values) if held.is_initialized else (None, None)
+
+    def recompute(states, keys, values):
+        states_held = _HeldStates(keys, values)
+        layer.gradient_checkpointing = False
+        try:
+            output = run(states, states_held)
+        finally:
+            layer.gradient_checkpointing = True
+        return output, states_held.keys, states_held.values
+
+    output, keys, values = layer._gradient_checkpointing_func(recompute, states, *past)
+    if not held.is_initialized:
+        held.update(keys[:, :, :0], values[:, :, :0])
+    held.keys, held.values = keys, values
+    return output

@@ -1,0 +1,71 @@
+"""Hidden states and attentions of a pruned prefill, laid out as the caller sees the prompt."""
+
+import torch
+
+
+class LayerOutputs:
+    """Collects what layers return while blocks of tokens run through them, one block after another.
+
+    Dropped tokens are zeros: their rows of the hidden states of layers above K, and their rows and
+    columns of the attentions there. Attentions of layers up to K, which ran before anything was
+    dropped, are whole.
+    """
+
+    def __init__(self, num_layers: int, hidden_states: bool, attentions: bool) -> None:
+        self._states: list[list] | None = [[] for _ in range(num_layers)] if hidden_states else None
+        self._attentions: list[list] | None = (
+            [[] for _ in range(num_layers)] if attentions else None
+        )
+
+    @property
+    def wants_attentions(self) -> bool:
+        return self._attentions is not None
+
+    @property
+    def wants_hidden_states(self) -> bool:
+        return self._states is not None
+
+    def add_states(self, layer: int, rows: torch.Tensor) -> None:
+        """Take a block's input to a layer, `(batch, tokens, hidden)`."""
+        self._states[layer].append(rows)
+
+    def add_attention(self, layer: int, weights: torch.Tensor | None) -> None:
+        """Take a block's weights `(batch, heads, tokens, logical length)`, or None."""
+        self._attentions[layer].append(weights)
+
+    def hidden_states(self, last_hidden_state: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """`(batch, length, hidden)` of the input of each layer and of the final norm."""
+        if self._states is None:
+            return None
+        return (*(torch.cat(rows, dim=1) for rows in self._states), last_hidden_state)
+
+    def attentions(self) -> tuple[torch.Tensor | None, ...] | None:
+        """`(batch, heads, length, past and length)` of each layer; None where it keeps none."""
+        if self._attentions is None:
+            return None
+        return tuple(_stack(blocks) for blocks in self._attentions)
+
+
+def spread(values: torch.Tensor, positions: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Move slots to their logical positions, with zeros everywhere else.
+
+    Args:
+        values: `(batch, ...)` with the slots along `dim`.
+        positions: `(batch or 1, slots)`, no position twice in a row.
+        length: of the result along `dim`.
+    """
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = positions.shape
+    target = list(values.shape)
+    target[dim] = length
+    index = positions.to(values.device).view(shape).expand_as(values)
+    return values.new_zeros(target).scatter(dim, index, values)
+
+
+def _stack(blocks: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Rows of all blocks; what a block could not see yet has weight zero."""
+    if any(block is None for block in blocks):
+        return None
+    columns = max(block.shape[-1] for block in blocks)
+    padded = [torch.nn.functional.pad(block, (0, columns - block.shape[-1])) for block in blocks]
+    return torch.cat(padded, dim=2)

@@ -1,0 +1,165 @@
+"""GlimpsePrune for LLaVA-NeXT: LLaVA with images of any resolution, cut into tiles."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextMultiModalProjector,
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
+
+from .base_weights import located_weights  # noqa: F401
+from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
+from .decoder_layers import run_layer  # noqa: F401
+from .glimpse import Glimpse  # noqa: F401
+from .glimpse_record import GlimpseRecord  # noqa: F401
+from .importance_predictor import VisualImportancePredictor  # noqa: F401
+from .later_turns import past_length  # noqa: F401
+from .layer_outputs import LayerOutputs  # noqa: F401
+from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
+from .pruned_cache import PrunedLayer  # noqa: F401
+from .pruned_forward import PrunedForwardMixin  # noqa: F401
+from .pruning_arguments import show_arguments, show_pruning_arguments
+from .pruning_model import PruningModelMixin
+from .selection import select_visual_tokens  # noqa: F401
+from .visual_tokens import VisualFeatures, token_geometry
+
+VIEWS = ("base_view", "image")
+
+
+class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
+    """The stock backbone, whose images come in two views with visual tokens of their own.
+
+    An image's placeholders are the patches of the base view (the whole image, squeezed into the
+    tower's square input), then the rows of the high-resolution grid (its tiles put together and
+    unpadded), each row followed by a newline token.
+
+    - Scored, and dropped if unimportant: the patches of the base view and those of the grid. The
+      selection counts both together; the predictor attends within each view by itself.
+    - Always kept: the newline tokens. They show no part of the image, so they are no visual tokens:
+      keep masks, records and retention leave them out, as they do the prompt's text.
+    - 2-D positions: row and column in the token's own view, from 0.
+
+    Records hold two entries an image, of the kinds `"base_view"` and `"image"`, in this order.
+    """
+
+    config_class = GlimpsePruneLlavaNextConfig
+    projector_class = LlavaNextMultiModalProjector
+    visual_inputs = {
+        "image": (
+            "pixel_values",
+            "image_sizes",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+        )
+    }
+
+    get_image_features = show_arguments(LlavaNextModel.get_image_features)(
+        PruningModelMixin.get_image_features
+    )
+
+    def add_own_weights(self) -> None:
+        hidden_size = self.config.text_config.hidden_size
+        self.image_newline = nn.Parameter(torch.randn(hidden_size) / math.sqrt(hidden_size))
+
+    def describe_visuals(
+        self,
+        embeddings: list[torch.Tensor],
+        taps: list[torch.Tensor],
+        image_sizes: torch.Tensor,
+        **inputs,
+    ) -> VisualFeatures:
+        shapes = [self._tile_shape(size) for size in image_sizes]
+        tiles = [1 + down * across for down, across in shapes]
+        count, device = self.side**2, taps[0].device
+        base, grid = [], []
+        for tap in taps:
+            of_images = tap[:, -count:].split(tiles)  # each (tiles, count, width)
+            base.append([of_image[0] for of_image in of_images])
+            maps = [
+                self._put_together(of_image[1:], size, shape)
+                for of_image, size, shape in zip(of_images, image_sizes, shapes, strict=True)
+            ]
+            grid.append([each.flatten(1).T for each in maps])
+        grids = [tuple(each.shape[1:]) for each in maps]
+        base.append(_geometries([(self.side, self.side)] * len(tiles), device))
+        grid.append(_geometries(grids, device))
+        base.append([torch.arange(count, device=device)[:, None] for _ in tiles])
+        grid.append([self._grid_places(*each, device) for each in grids])
+        return VisualFeatures(
+            pooler_output=embeddings, deepstack_features=[*base, *grid], views=VIEWS
+        )
+
+    def _tile_shape(self, image_size: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of tiles that an image is cut into."""
+        tile = self.config.vision_config.image_size
+        return get_anyres_image_grid_shape(image_size, self.config.image_grid_pinpoints, tile)
+
+    def _put_together(
+        self, tiles: torch.Tensor, image_size: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """`(tiles, side * side, width)` to the unpadded grid `(width, rows, columns)`."""
+        tiles = tiles.unflatten(0, shape).unflatten(2, (self.side, self.side))
+        whole = tiles.permute(4, 0, 2, 1, 3)  # (width, down, side, across, side)
+        return unpad_image(whole.flatten(3, 4).flatten(1, 2), image_size)
+
+    def _grid_places(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """`(rows * columns, 1)`: behind the base view, a newline after each row."""
+        places = torch.arange(rows * (columns + 1), device=device) + self.side**2
+        return places.view(rows, columns + 1)[:, :columns].reshape(-1, 1)
+
+    def image_rows(
+        self, input_ids: torch.LongTensor, image_sizes=None, mm_encoder_outputs=None, **inputs
+    ) -> list[list[int]]:
+        encoded = (mm_encoder_outputs or {}).get("image")
+        sizes = [] if encoded is None else encoded.sizes
+        if image_sizes is not None:
+            sizes = [self._image_size(size) for size in image_sizes]
+        rows, images = [], iter(sizes)
+        for placeholders in PruningModelMixin.visual_counts(self, input_ids):
+            row = []
+            while placeholders > 0:
+                taken, visual = next(images, (placeholders + 1, 0))
+                row.append(visual)
+                placeholders -= taken
+            if placeholders < 0:
+                raise ValueError(f"the prompts' placeholders do not match {len(sizes)} image(s)")
+            rows.append(row)
+        return rows
+
+    def visual_sizes(self, kind: str, **inputs) -> list[int]:
+        return [self._image_size(size)[0] for size in inputs["image_sizes"]]
+
+    def _image_size(self, image_size: torch.Tensor) -> tuple[int, int]:
+        """`(placeholders, visual tokens)` of an image of `(height, width)` pixels."""
+        down, across = self._tile_shape(image_size)
+        whole = torch.empty(1, down * self.side, across * self.side, device="meta")
+        rows, columns = unpad_image(whole, image_size).shape[1:]
+        visual = self.side**2 + rows * columns
+        return visual + rows, visual
+
+
+class GlimpsePruneLlavaNextForConditionalGeneration(
+    ClipGenerationMixin, LlavaNextForConditionalGeneration
+):
+    """LLaVA-NeXT whose `generate` drops the visual tokens nobody asked about.
+
+    Beside the stock arguments, `forward` and `generate` take those of `PruningArguments`. Which
+    tokens are scored and which stay is said at `GlimpsePruneLlavaNextModel`.
+    """
+
+    config_class = GlimpsePruneLlavaNextConfig
+    backbone_class = GlimpsePruneLlavaNextModel
+    forward = show_pruning_arguments(LlavaNextForConditionalGeneration.forward)(
+        ClipGenerationMixin.forward
+    )
+
+
+def _geometries(grids: list[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
+    """One `(tokens, 6)` tensor a grid, see `token_geometry`."""
+    sizes = [rows * columns for rows, columns in grids]
+    frames = torch.tensor([[1, *grid] for grid in grids], device=device)
+    return list(token_geometry(frames, sizes).split(sizes))

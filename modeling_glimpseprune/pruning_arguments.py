@@ -1,0 +1,79 @@
+"""What a call may say about pruning, beside the arguments of the stock model."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+
+import torch
+
+OF_BACKBONES = ("only_glimpse", "compact_output")
+
+
+@dataclass
+class PruningArguments:
+    """Arguments that models and backbones of every family take in `forward`.
+
+    Attributes:
+        prune: False runs exactly the stock model.
+        prune_threshold, max_keep_ratio, min_keep_tokens: override the configuration for one call.
+        visual_keep_mask: `(num_visual_tokens,)` bool over the batch in prompt order, the caller's
+            own choice; no glimpse is taken.
+        prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
+            one block over the pruned cache, as when decoding. Default of the whole model: where
+            `labels` begin; else, with `logits_to_keep=n`, all but the last n - 1 tokens are prompt,
+            as in assisted decoding and in trl; else everything is. Prompts are left-padded and
+            completions right-padded.
+        in_place: score only: keep every token and let the completion see the glimpse token.
+        only_glimpse: for backbones: stop after layer K; the record is on the returned cache.
+        compact_output: for backbones: return kept tokens only, packed to the right, instead of the
+            logical layout with zeros at dropped tokens.
+    """
+
+    prune: bool | None = None
+    prune_threshold: float | None = None
+    max_keep_ratio: float | None = None
+    min_keep_tokens: int | None = None
+    visual_keep_mask: torch.Tensor | None = None
+    prompt_length: int | None = None
+    in_place: bool = False
+    only_glimpse: bool = False
+    compact_output: bool = False
+
+    @classmethod
+    def take_from(cls, arguments: dict) -> "PruningArguments":
+        """Remove what belongs here from keyword arguments."""
+        names = [field.name for field in fields(cls) if field.name in arguments]
+        return cls(**{name: arguments.pop(name) for name in names})
+
+
+def show_pruning_arguments(stock: Callable) -> Callable:
+    """Decorate a `forward` that passes most arguments on, so that its signature shows all of them.
+
+    `generate` and `Trainer` read in the signature which arguments a model takes.
+
+    Args:
+        stock: the stock class's `forward`, whose arguments are passed on.
+    """
+    ours = [field for field in fields(PruningArguments) if field.name not in OF_BACKBONES]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    return show_arguments(
+        stock, *(inspect.Parameter(each.name, keyword_only, default=each.default) for each in ours)
+    )
+
+
+def show_arguments(stock: Callable, *more: inspect.Parameter) -> Callable:
+    """Decorate a method so that its signature shows the stock method's arguments, and `more`."""
+    parameters = list(inspect.signature(stock).parameters.values())
+    takes_any = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    rest = [parameters.pop()] if takes_any else []
+
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def shown(self, *args, **kwargs):
+            return method(self, *args, **kwargs)
+
+        shown.__signature__ = inspect.Signature([*parameters, *more, *rest])
+        return shown
+
+    return decorate

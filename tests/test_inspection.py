@@ -187,7 +187,8 @@ def test_report(published):
     assert (report.predictor_parameters, report.glimpse_parameters) == (223_233, 260_673)
     assert (report.base, report.base_revision, report.base_included) == ("org/base", "v1", True)
     policy = report.prune_threshold, report.max_keep_ratio, report.min_keep_tokens
-    assert policy == (0.001, None, 1)
+    tiny = json.loads((TINY_MODEL / "config.json").read_text())
+    assert policy == (tiny["prune_threshold"], None, 1)
     assert report.base_dtypes == {"BF16": 129} and report.glimpse_dtype == "BF16"
     assert report.commit is None and report.pickles == ()
 

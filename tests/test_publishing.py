@@ -156,7 +156,8 @@ def test_round_trip_over_http(pushed, written, tmp_path):
         assert one["name"] == key.partition("@")[0] and one["generation"] is not None
         assert one["dtype"] == "torch.bfloat16"
     assert found["org/stage1@cautious"]["threshold"] == 0.25
-    assert found["org/stage1@main"]["threshold"] == 0.001
+    tiny = json.loads((TINY_MODEL / "config.json").read_text())
+    assert found["org/stage1@main"]["threshold"] == tiny["prune_threshold"] != 0.25
     origin = {"repository": BASE_NAME, "revision": None}
     assert found["org/stage1-glimpse@main"]["base"] == found["org/stage1@main"]["base"] == origin
     assert found["org/plus@main"]["base"]["repository"] == MERGED_NAME
@@ -398,7 +399,7 @@ def test_model_card(written):
     assert "holds the glimpse weights alone" in card and "$" not in card
     assert "| glimpse layer K (0-based) | 1 |" in card and "2508.01548" in card
     summary = json.loads((written["org/stage1"] / "training_summary.json").read_text())
-    assert summary["steps"] == 625
+    assert summary["steps"] > 0 and "/" not in summary["training"]["output_dir"][:1]
 
 
 def test_card_takes_measurements():
@@ -406,7 +407,9 @@ def test_card_takes_measurements():
     config = json.loads((TINY_MODEL / "config.json").read_text())
     config["glimpse_base"] = {"repository": None, "revision": None, "included": True}
     card = render_card(ModelCard(measurements=results), config, {"license": "apache-2.0"})
-    assert "| pruned | 0.8140 | 0.2040 | 1000 |" in card
+    row = json.loads(results.read_text())["results"]["pruned"]["all"]
+    figures = f"{row['accuracy']:.4f} | {row['retention']:.4f} | {row['questions']}"
+    assert f"| pruned | {figures} |" in card
     with pytest.raises(ConversionError, match="is not what `glimpseprune evaluate --output`"):
         render_card(ModelCard(measurements=TINY_MODEL / "config.json"), config, {})
 

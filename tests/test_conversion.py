@@ -519,8 +519,8 @@ REFUSALS = {
         "hidden_size is 32 in the base's configuration and 48 in the glimpse's",
     ),
     "other family": (
-        lambda base, official: change_json(base / "config.json", model_type="llava"),
-        "base must be a qwen2_5_vl model, got 'llava'",
+        lambda base, official: change_json(base / "config.json", model_type="qwen2_vl"),
+        "base is a 'qwen2_vl' model; known are qwen2_5_vl, llava, llava_next",
     ),
     "no official config": (
         lambda base, official: (official / "config.json").unlink(),
@@ -663,11 +663,12 @@ def test_output_must_be_absent_or_empty(tmp_path, base, official):
 
 
 def test_command_says_what_is_wrong(tmp_path, base, official, capsys):
-    change_json(base / "config.json", model_type="llava")
+    change_json(base / "config.json", model_type="qwen2_vl")
     arguments = ["--base", str(base), "--glimpse", str(official)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
-    assert printed.err == "error: the base must be a qwen2_5_vl model, got 'llava'\n"
+    known = "known are qwen2_5_vl, llava, llava_next"
+    assert printed.err == f"error: {base} is a 'qwen2_vl' model; {known}\n"
     assert not printed.out and not (tmp_path / "out").exists()
 
 

@@ -32,7 +32,7 @@ except ImportError:  # transformers 4
 from conversion.families import Family
 from conversion.model_card import ModelCard, base_licence, render_card
 from glimpseprune.hub.folders import place_file, vacant_sibling
-from glimpseprune.hub.redaction import redact
+from glimpseprune.hub.redaction import reasons
 from glimpseprune.hub.shards import (
     INDEX_FILE,
     ConversionError,
@@ -115,7 +115,7 @@ def resolve_folder(source: str, files: tuple[str, ...], revision: str | None = N
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConversionError(
-            f"{source} is no folder here, and fetching it from the Hub failed: {redact(str(error))}"
+            f"{source} is no folder here, and fetching it from the Hub failed: {reasons(error)}"
         ) from None
 
 

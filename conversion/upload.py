@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from glimpseprune.hub.inspection import inspect_repository
-from glimpseprune.hub.redaction import redact
+from glimpseprune.hub.redaction import reasons
 from glimpseprune.hub.shards import ConversionError
 
 COMMIT_MESSAGE = "Publish GlimpsePrune weights, configuration and code"
@@ -49,9 +49,8 @@ def push_folder(folder: Path, repository: str, revision: str | None, public: boo
             commit_message=COMMIT_MESSAGE,
         )
     except Exception as error:  # of several libraries, and with addresses and headers in them
-        reasons = dict.fromkeys(redact(str(each)) for each in (error, error.__cause__) if each)
         raise ConversionError(
             f"uploading {folder} to {repository} failed, run conversion/push.py on it to go on: "
-            + "; ".join(reasons)
+            f"{reasons(error)}"
         ) from None
     return str(commit.commit_url)

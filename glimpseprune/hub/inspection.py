@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX, GLIMPSE_SHARD
 
 from ..training.base import FAMILIES, Family
-from .redaction import redact
+from .redaction import reasons
 from .shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -150,7 +150,7 @@ def _fetch_small_files(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL_FILES)))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConversionError(
-            f"{source} is no folder here, and fetching it from the Hub failed: {redact(str(error))}"
+            f"{source} is no folder here, and fetching it from the Hub failed: {reasons(error)}"
         ) from None
 
 

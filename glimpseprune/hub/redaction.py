@@ -20,6 +20,12 @@ def redact(text: str) -> str:
     return QUERY_PATTERN.sub("?***", TOKEN_PATTERN.sub("***", text))
 
 
+def reasons(error: BaseException) -> str:
+    """What an error and its cause say, without secrets."""
+    said = [redact(str(each)) for each in (error, error.__cause__) if each is not None]
+    return "; ".join(dict.fromkeys(said))
+
+
 def quiet_logging() -> None:
     """Let no log line of this process bear a token or a signed address."""
     for name in CHATTY_LOGGERS:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.repository import check_vacant, vacant_sibling
-from conversion.shards import INDEX_FILE, ConversionError, find_shards, read_json
+from glimpseprune.hub.folders import check_vacant, vacant_sibling
+from glimpseprune.hub.shards import INDEX_FILE, ConversionError, find_shards, read_json
 from glimpseprune.portable import write_json
 
 # Name in the authors' layout -> name in the Hub's; the first pattern that fits. None leaves it out.

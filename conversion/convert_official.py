@@ -20,15 +20,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.families import family_of
-from conversion.repository import (
-    BASE_FILES,
-    PROCESSOR_FILES,
-    check_vacant,
-    resolve_folder,
-    write_repository,
+from conversion.families import Family, family_of
+from conversion.publishing import (
+    add_publishing_arguments,
+    publication_from,
+    publish,
+    resolve_base,
+    run_command,
 )
-from conversion.shards import ConversionError, read_json
+from conversion.repository import TRAINED_KEY, resolve_folder, write_repository
+from conversion.verification import Source
+from glimpseprune.hub.folders import check_vacant
+from glimpseprune.hub.shards import ConversionError, read_json
 
 WEIGHTS_FILE = "new_modules_gp.pt"
 
@@ -50,7 +53,6 @@ KEY_MAP = {
     # One projection a layer exists under deep supervision; otherwise only the last layer's.
     r"attn_fuser\.attn_out_projs\.\d+\.(\w+)": r"model.glimpse.predictor.output_projection.\1",
 }
-TRAINED_KEY = "model.glimpse.trained"
 
 # Official configuration field -> ours, where the value stays.
 CONFIG_MAP = {
@@ -113,8 +115,20 @@ def convert(base: Path, glimpse: Path, output: Path) -> None:
 
     Raises:
         ConversionError: when the checkpoint cannot be converted; nothing is written then.
+        ValueError: when `output` is not empty.
     """
     check_vacant(output)
+    write_repository(output, base, *read_official(base, glimpse))
+
+
+def read_official(
+    base: Path, glimpse: Path
+) -> tuple[Family, dict[str, object], dict[str, torch.Tensor]]:
+    """Family, configuration fields and weights of an official checkpoint.
+
+    Raises:
+        ConversionError: when the checkpoint cannot be converted.
+    """
     base_config = read_json(base / "config.json")
     official = read_json(glimpse / "config.json")
     check_same_architecture(base_config, official)
@@ -123,7 +137,7 @@ def convert(base: Path, glimpse: Path, output: Path) -> None:
     weights = convert_weights(
         read_official_weights(glimpse / WEIGHTS_FILE), fields["predictor_use_vision"]
     )
-    write_repository(output, base, family_of(base_config, base), fields, weights)
+    return family_of(base_config, base), fields, weights
 
 
 def check_same_architecture(base: dict, official: dict) -> None:
@@ -264,28 +278,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--glimpse", required=True, help=f"folder or Hub id with {WEIGHTS_FILE} and config.json"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    parser.add_argument("--revision", help="revision of the base, where it is a Hub id")
     parser.add_argument("--glimpse-revision", help="revision of the glimpse, likewise")
+    add_publishing_arguments(parser)
     return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert, verify and upload what the arguments name."""
+    base = resolve_base(arguments.base, arguments.base_revision)
+    glimpse = resolve_folder(
+        arguments.glimpse, (WEIGHTS_FILE, "config.json"), arguments.glimpse_revision
+    )
+    family, fields, weights = read_official(base, glimpse)
+    training = f"The official glimpse weights `{arguments.glimpse}`, converted."
+    publication = publication_from(arguments, base, arguments.base, training)
+    publish(arguments, base, family, fields, weights, publication, Source(base, fields, weights))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 after saying what is wrong."""
-    arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        check_vacant(arguments.output)
-        base = resolve_folder(arguments.base, (*BASE_FILES, *PROCESSOR_FILES), arguments.revision)
-        glimpse = resolve_folder(
-            arguments.glimpse, (WEIGHTS_FILE, "config.json"), arguments.glimpse_revision
-        )
-        convert(base, glimpse, arguments.output)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {arguments.output}")
-    return 0
+    return run_command(build_parser(), argv, run)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from conversion.shards import ConversionError
+from glimpseprune.hub.shards import ConversionError
 from glimpseprune.stock_names import LLAVA_NAMES
 from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,

@@ -1,7 +1,9 @@
 """The writer of Hub repositories: a base's shards, the glimpse weights, code and configurations.
 
-A repository loads on transformers 4.57 and 5 alike. Its tensors bear the names of our model's
-parameters, since transformers 5 renames nothing for remote code.
+A repository loads on transformers 4.57 and 5 alike. The base's files are taken as they are, linked
+where the file system allows; `glimpse_base` in the configuration says how to read their names (see
+`modeling_glimpseprune/base_weights.py`). A glimpse-only repository leaves them out and names where
+they are.
 """
 
 import copy
@@ -10,8 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,17 +30,22 @@ except ImportError:  # transformers 4
     from transformers.modeling_utils import no_init_weights
 
 from conversion.families import Family
-from conversion.shards import (
+from conversion.model_card import ModelCard, base_licence, render_card
+from glimpseprune.hub.folders import place_file, vacant_sibling
+from glimpseprune.hub.redaction import reasons
+from glimpseprune.hub.shards import (
     INDEX_FILE,
     ConversionError,
     Shard,
-    copy_shard,
+    copy_tensors,
     find_shards,
     read_json,
 )
 from glimpseprune.portable import make_processor_portable, portable_config, write_json
+from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX, GLIMPSE_SHARD
+from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 
-GLIMPSE_SHARD = "model-glimpse.safetensors"
+TRAINED_KEY = f"{GLIMPSE_PREFIX}trained"
 MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
 PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 PROCESSOR_FILES = (
@@ -53,11 +60,42 @@ PROCESSOR_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX_FILE)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
+CARD_FILE = "README.md"
+SUMMARY_FILE = "training_summary.json"
+BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    INDEX_FILE,
+    CARD_FILE,
+    *LICENCE_FILES,
+)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_NAMED = 8
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a repository is to be and to say, beside its weights.
+
+    Attributes:
+        base_repository: Hub id (or folder) from which users can fetch the base.
+        base_revision: its commit, branch or tag.
+        glimpse_only: leave the base's weights out; `base_repository` must be given.
+        card: what the model card says.
+        verify: called with the finished folder before it takes its place; raises a ConversionError
+            to refuse it.
+    """
+
+    base_repository: str | None = None
+    base_revision: str | None = None
+    glimpse_only: bool = False
+    card: ModelCard = field(default_factory=ModelCard)
+    verify: Callable[[Path], None] | None = None
 
 
 def resolve_folder(source: str, files: tuple[str, ...], revision: str | None = None) -> Path:
@@ -77,8 +115,13 @@ def resolve_folder(source: str, files: tuple[str, ...], revision: str | None = N
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConversionError(
-            f"{source} is no folder here, and fetching it from the Hub failed: {error}"
-        ) from error
+            f"{source} is no folder here, and fetching it from the Hub failed: {reasons(error)}"
+        ) from None
+
+
+def fetched_commit(folder: Path) -> str | None:
+    """The commit a folder of the Hub's cache is named after; None for any other folder."""
+    return folder.name if COMMIT.fullmatch(folder.name) else None
 
 
 def write_repository(
@@ -87,67 +130,66 @@ def write_repository(
     family: Family,
     glimpse_fields: Mapping[str, object],
     glimpse_weights: Mapping[str, torch.Tensor],
+    publication: Publication = Publication(),  # noqa: B008 (it is frozen)
 ) -> None:
     """Write a complete model repository, or nothing.
 
-    The base's tensors are streamed, so memory does not grow with the model. Floating-point glimpse
-    weights take the dtype of the base's embeddings.
+    The base's tensors are never loaded, so memory does not grow with the model. Floating-point
+    glimpse weights take the dtype of the base's embeddings.
 
     Args:
         output: folder to create; it may exist if it is empty.
-        base: folder of the stock base, safetensors in one file or in shards.
+        base: folder of the stock base or of a repository of ours whose glimpse weights are left
+            out; safetensors in one file or in shards.
         family: the base's family.
         glimpse_fields: the configuration fields that GlimpsePrune adds.
         glimpse_weights: every tensor under `model.glimpse.`, by its full name.
+        publication: what else the repository is to be.
 
     Raises:
         ConversionError: when an input is missing or damaged, tensors are missing, unexpected or of
-            a wrong shape, a field cannot be, or `output` is not empty.
+            a wrong shape, a field cannot be, or `publication` refuses the result.
+        ValueError: when `output` is not empty.
     """
-    check_vacant(output)
-    config = build_config(read_json(base / "config.json"), family, glimpse_fields)
+    config = build_config(read_json(base / "config.json"), family, glimpse_fields, publication)
     shards = find_shards(base)
     names = rename_base(shards, family.base_key_map)
     model_config = validate_config(config, family)
     check_tensors(shards, names, glimpse_weights, family, model_config)
     with vacant_sibling(output) as folder:
-        _write_weights(folder, shards, names, glimpse_weights)
+        _write_weights(folder, shards, glimpse_weights, publication.glimpse_only)
         write_json(folder / "config.json", config)
         _write_generation_config(folder, base, model_config)
         _copy_code(folder, family)
         _copy_processor(folder, base, family)
+        _copy_licence(folder, base)
+        card = render_card(publication.card, config, base_licence(base / CARD_FILE))
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        if publication.card.training_summary is not None:
+            summary = without_places(publication.card.training_summary)
+            write_json(folder / SUMMARY_FILE, summary)
+        if publication.verify is not None:
+            publication.verify(folder)
     logger.info("wrote %s", output)
 
 
-def check_vacant(output: Path) -> None:
-    """Raise a ConversionError unless the folder is absent or empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"output {output} exists and is not an empty folder")
-
-
-@contextmanager
-def vacant_sibling(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place on success and vanishes on failure."""
-    folder = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.replace(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def build_config(base: dict, family: Family, glimpse_fields: Mapping[str, object]) -> dict:
+def build_config(
+    base: dict,
+    family: Family,
+    glimpse_fields: Mapping[str, object],
+    publication: Publication = Publication(),  # noqa: B008
+) -> dict:
     """The base's configuration with our fields, as written to config.json.
 
     Raises:
-        ConversionError: when the base is of another family.
+        ConversionError: when the base is of another family, or is left out and not named.
     """
-    if base.get("model_type") != family.base_model_type:
+    if base.get("model_type") not in family.model_types:
         raise ConversionError(
             f"the base must be a {family.base_model_type} model, got {base.get('model_type')!r}"
         )
+    if publication.glimpse_only and not publication.base_repository:
+        raise ConversionError("a glimpse-only repository must name the base that it leaves out")
     auto_map = {"AutoConfig": _reference(family.config_class)}
     auto_map |= {name: _reference(family.model_class) for name in MODEL_AUTO_CLASSES}
     auto_map["AutoProcessor"] = _reference(family.processor_class)
@@ -155,8 +197,15 @@ def build_config(base: dict, family: Family, glimpse_fields: Mapping[str, object
         "architectures": [family.model_class.__name__],
         "auto_map": auto_map,
         "model_type": family.config_class.model_type,
+        "glimpse_base": {
+            "repository": publication.base_repository,
+            "revision": publication.base_revision,
+            "included": not publication.glimpse_only,
+            "key_mapping": dict(family.base_key_map),
+        },
     }
-    rest = {name: value for name, value in portable_config(base).items() if name not in head}
+    ours = {*head, *GLIMPSE_FIELDS}
+    rest = {name: value for name, value in portable_config(base).items() if name not in ours}
     return head | rest | dict(glimpse_fields)
 
 
@@ -172,16 +221,20 @@ def validate_config(config: dict, family: Family) -> PretrainedConfig:
         raise ConversionError(f"the configuration does not fit the base: {error}") from error
 
 
+def is_glimpse(name: str) -> bool:
+    """Whether a tensor is one that GlimpsePrune adds."""
+    return name.startswith(GLIMPSE_PREFIX)
+
+
 def rename_base(shards: list[Shard], key_map: Mapping[str, str]) -> dict[str, str]:
-    """Our name of each of the base's tensors.
+    """Our name of each of the base's tensors; glimpse weights are left out.
 
     Raises:
         ConversionError: when two tensors would bear the same name.
     """
+    held = [name for shard in shards for name in shard.tensors if not is_glimpse(name)]
     names: dict[str, str] = {}
-    for name in (name for shard in shards for name in shard.tensors):
-        if name in names:
-            raise ConversionError(f"the base holds {name} in two shards")
+    for name in held:
         names[name] = rename(name, key_map)
     if len(set(names.values())) < len(names):
         raise ConversionError("the base holds the same tensors under old and new names")
@@ -218,7 +271,8 @@ def check_tensors(
     found = {name: tuple(tensor.shape) for name, tensor in glimpse_weights.items()}
     for shard in shards:
         for name, entry in shard.tensors.items():
-            found[names[name]] = tuple(entry["shape"])
+            if name in names:
+                found[names[name]] = tuple(entry["shape"])
     if config.tie_word_embeddings:
         found.setdefault("lm_head.weight", expected["lm_head.weight"])
     missing = [name for name in expected if name not in found]
@@ -234,6 +288,26 @@ def check_tensors(
         raise ConversionError("tensors do not fit the configuration; " + "; ".join(sentences))
 
 
+def copy_processor_files(folder: Path, base: Path) -> None:
+    """Copy tokenizer and processor files as they are."""
+    files = [base / name for name in PROCESSOR_FILES if (base / name).exists()]
+    if not files:
+        logger.info("%s holds no tokenizer or processor files: none are written", base)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def without_places(content: object) -> object:
+    """A training summary in which absolute paths are cut to their last part."""
+    if isinstance(content, Mapping):
+        return {name: without_places(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [without_places(value) for value in content]
+    if isinstance(content, str) and os.path.isabs(content):
+        return Path(content).name
+    return content
+
+
 def _enumerate(items: list[str]) -> str:
     rest = f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
     return ", ".join(items[:MAX_NAMED]) + rest
@@ -247,21 +321,52 @@ def _reference(code: type) -> str:
 def _write_weights(
     folder: Path,
     shards: list[Shard],
-    names: Mapping[str, str],
     glimpse_weights: Mapping[str, torch.Tensor],
+    glimpse_only: bool,
 ) -> None:
-    weight_map: dict[str, str] = {}
-    for index, shard in enumerate(tqdm(shards, desc="shards", disable=None), start=1):
-        file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        copy_shard(shard, names, folder / file_name)
-        weight_map |= {names[name]: file_name for name in shard.tensors}
     weights = _cast(glimpse_weights, _base_dtype(shards))
     (folder / GLIMPSE_SHARD).write_bytes(save(weights, metadata={"format": "pt"}))
-    weight_map |= dict.fromkeys(weights, GLIMPSE_SHARD)
-    total = sum(shard.data_bytes for shard in shards)
-    total += sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX_FILE, index)
+    if glimpse_only:
+        return
+    weight_map = dict.fromkeys(weights, GLIMPSE_SHARD)
+    weight_map |= place_shards(folder, shards, "base")
+    sizes = [
+        stop - start
+        for shard in shards
+        for name, entry in shard.tensors.items()
+        if not is_glimpse(name)
+        for start, stop in [entry["data_offsets"]]
+    ]
+    total = sum(sizes) + sum(tensor.nbytes for tensor in weights.values())
+    write_index(folder, weight_map, total)
+
+
+def place_shards(folder: Path, shards: list[Shard], stem: str) -> dict[str, str]:
+    """Link or copy the base's files; those that hold glimpse weights too are written without them.
+
+    The files do not bear the names under which transformers saves, so that no later save into the
+    folder overwrites a file that is linked to the base's.
+
+    Returns:
+        File name by tensor name.
+    """
+    weight_map: dict[str, str] = {}
+    kept = [shard for shard in shards if not all(map(is_glimpse, shard.tensors))]
+    for index, shard in enumerate(tqdm(kept, desc="shards", disable=None), start=1):
+        file_name = f"{stem}-{index:05d}-of-{len(kept):05d}.safetensors"
+        names = [name for name in shard.tensors if not is_glimpse(name)]
+        if len(names) == len(shard.tensors):
+            place_file(shard.path, folder / file_name)
+        else:
+            copy_tensors(shard, names, folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a sharded model."""
+    ordered = dict(sorted(weight_map.items()))
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": ordered})
 
 
 def _base_dtype(shards: list[Shard]) -> torch.dtype:
@@ -296,20 +401,21 @@ def _write_generation_config(folder: Path, base: Path, config: PretrainedConfig)
     write_json(folder / source.name, known)
 
 
-def _copy_code(folder: Path, family: Family) -> None:
+def code_files(family: Family) -> list[Path]:
+    """The files of remote code that a family's repositories hold."""
     entries = family.config_class, family.model_class, family.processor_class
     entry_files = [inspect.getfile(entry) for entry in entries]
     siblings = [file for entry in entry_files for file in get_relative_import_files(entry)]
-    for file in sorted({*entry_files, *siblings}):
-        shutil.copyfile(file, folder / Path(file).name)
+    return [Path(file) for file in sorted({*entry_files, *siblings})]
+
+
+def _copy_code(folder: Path, family: Family) -> None:
+    for file in code_files(family):
+        shutil.copyfile(file, folder / file.name)
 
 
 def _copy_processor(folder: Path, base: Path, family: Family) -> None:
-    files = [base / name for name in PROCESSOR_FILES if (base / name).exists()]
-    if not files:
-        logger.info("%s holds no tokenizer or processor files: none are written", base)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+    copy_processor_files(folder, base)
     make_processor_portable(folder)
     for name in PROCESSOR_CONFIGS:
         if (folder / name).exists():
@@ -318,3 +424,9 @@ def _copy_processor(folder: Path, base: Path, family: Family) -> None:
             auto_map = content.get("auto_map", {})
             content["auto_map"] = auto_map | {"AutoProcessor": _reference(family.processor_class)}
             write_json(folder / name, content)
+
+
+def _copy_licence(folder: Path, base: Path) -> None:
+    for name in LICENCE_FILES:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)

@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "ask": "answer a question about an image and show which visual tokens were kept",
     "evaluate": "measure accuracy and retention over a data set",
+    "inspect": "say what a repository is, and whether its weights are sound",
     "make-pages": "write pages of the tiny world with questions and evidence boxes",
     "train-base": "train the tiny base model from nothing",
     "train-stage1": "train the glimpse token and the visual importance predictor",
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _module(arguments.command).run(arguments)
     except (ValueError, OSError) as error:
-        print(f"glimpseprune {arguments.command}: {error}", file=sys.stderr)
+        from .hub.redaction import redact
+
+        print(f"glimpseprune {arguments.command}: {redact(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -72,6 +72,8 @@ class GlimpsePruneConfigMixin:
         ValueError: naming the field and the value that cannot be.
     """
 
+    glimpse_base: dict | None = None  # where a published repository's base is: base_weights.py
+
     def set_glimpse_fields(
         self,
         default_vision_layers: list[int],

@@ -8,6 +8,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from .base_weights import located_weights, own_weights
 from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
@@ -27,13 +28,17 @@ class GlimpseWeightsMixin:
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As the stock method; weights that a checkpoint lacks make the glimpse untrained.
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As the stock method; the base of a glimpse-only repository is fetched.
 
-        transformers 4 fills missing weights in before it reads the others, `trained` among them.
+        Weights that a checkpoint lacks make the glimpse untrained. transformers 4 fills missing
+        weights in before it reads the others, `trained` among them.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        glimpse = (loaded[0] if isinstance(loaded, tuple) else loaded).glimpse_module()
+        with located_weights(pretrained_model_name_or_path, kwargs) as (source, arguments):
+            loaded = super().from_pretrained(source, *args, **arguments)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        own_weights(model, pretrained_model_name_or_path)
+        glimpse = model.glimpse_module()
         if glimpse.declared_untrained:
             glimpse.trained.fill_(False)
         return loaded

@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from conversion import repository
 from conversion.convert_official import convert, convert_config, main
-from conversion.shards import ConversionError
+from glimpseprune.hub.shards import ConversionError
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )
@@ -290,7 +290,9 @@ def test_index_names_every_tensor_and_its_shard(tmp_path, official):
     shards = {file.name: load_file(file) for file in (tmp_path / "out").glob("*.safetensors")}
     held = {name: file for file, tensors in shards.items() for name in tensors}
     assert index["weight_map"] == held
-    assert index["weight_map"].keys() == load(tmp_path / "out").state_dict().keys()
+    state = load(tmp_path / "out").state_dict()
+    glimpse = {name for name in state if name.startswith("model.glimpse.")}
+    assert index["weight_map"].keys() == {published_name(name) for name in state} | glimpse
     sizes = [tensor.nbytes for tensors in shards.values() for tensor in tensors.values()]
     assert index["metadata"]["total_size"] == sum(sizes)
     assert len(shards) == 4 and "model.glimpse.trained" in shards["model-glimpse.safetensors"]
@@ -378,7 +380,7 @@ def test_repository_loads_where_the_code_is_unknown(tmp_path, official):
     arguments = SCRIPT, "--base", base, "--glimpse", official, "--output", tmp_path / "out"
     converted = run_outside(*arguments, HF_HOME=str(tmp_path))
     assert converted.returncode == 0, converted.stderr
-    assert converted.stdout == f"wrote {tmp_path / 'out'}\n"
+    assert converted.stdout == f"wrote {tmp_path / 'out'}, verified\n"
     arguments = "-c", IN_A_FRESH_PROCESS, tmp_path / "out", tmp_path / "logits.pt"
     loaded = run_outside(*arguments, HF_HOME=str(tmp_path))
     assert loaded.returncode == 0, loaded.stderr
@@ -517,8 +519,8 @@ REFUSALS = {
         "hidden_size is 32 in the base's configuration and 48 in the glimpse's",
     ),
     "other family": (
-        lambda base, official: change_json(base / "config.json", model_type="llama"),
-        "base is a 'llama' model; known are qwen2_5_vl, llava, llava_next",
+        lambda base, official: change_json(base / "config.json", model_type="qwen2_vl"),
+        "base is a 'qwen2_vl' model; known are qwen2_5_vl, llava, llava_next",
     ),
     "no official config": (
         lambda base, official: (official / "config.json").unlink(),
@@ -644,7 +646,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, base, official, monkey
     def fail(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr(repository, "copy_shard", fail)
+    monkeypatch.setattr(repository, "place_file", fail)
     with pytest.raises(OSError, match="no space left"):
         convert(base, official, tmp_path / "results" / "out")
     assert not any((tmp_path / "results").rglob("*"))
@@ -653,20 +655,20 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, base, official, monkey
 def test_output_must_be_absent_or_empty(tmp_path, base, official):
     (tmp_path / "empty").mkdir()
     convert(base, official, tmp_path / "empty")
-    with pytest.raises(ConversionError, match="empty exists and is not an empty folder"):
+    with pytest.raises(ValueError, match="empty exists and is not an empty folder"):
         convert(base, official, tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConversionError, match="file exists and is not an empty folder"):
+    with pytest.raises(ValueError, match="file exists and is not an empty folder"):
         convert(base, official, tmp_path / "file")
 
 
 def test_command_says_what_is_wrong(tmp_path, base, official, capsys):
-    change_json(base / "config.json", model_type="llama")
+    change_json(base / "config.json", model_type="qwen2_vl")
     arguments = ["--base", str(base), "--glimpse", str(official)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     known = "known are qwen2_5_vl, llava, llava_next"
-    assert printed.err == f"error: {base} is a 'llama' model; {known}\n"
+    assert printed.err == f"error: {base} is a 'qwen2_vl' model; {known}\n"
     assert not printed.out and not (tmp_path / "out").exists()
 
 
@@ -679,8 +681,8 @@ def test_command_fetches_hub_ids(tmp_path, base, official, monkeypatch):
         return str(base if repo_id == "some/base" else official)
 
     monkeypatch.setattr(repository, "snapshot_download", fetch)
-    sources = ["--base", "some/base", "--revision", "v1", "--glimpse", "some/glimpse"]
-    assert main([*sources, "--output", str(tmp_path / "out")]) == 0
+    sources = ["--base", "some/base", "--base-revision", "v1", "--glimpse", "some/glimpse"]
+    assert main([*sources, "--output", str(tmp_path / "out"), "--no-verify"]) == 0
     assert asked == [("some/base", "v1"), ("some/glimpse", None)]
     assert (tmp_path / "out" / "config.json").exists()
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from conversion.convert_llava_base import convert_base
 from conversion.convert_official import convert
 from conversion.families import family_of
-from conversion.shards import ConversionError
+from glimpseprune.hub.shards import ConversionError
 from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -1,44 +1,76 @@
-"""The folders of published repositories that come without weights."""
+"""The folders of published models: what conversion would write, and loadable."""
 
 import json
 
 import pytest
 import torch
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers import AutoConfig
 
-from conversion.families import LLAVA, LLAVA_NEXT
-from glimpseprune.loading import REPOSITORY
+from conversion.families import FAMILIES, family_of
+from conversion.hub_configs import HUB_CONFIGS, PUBLISHED, published_card, published_config
+from conversion.repository import code_files, is_glimpse, rename
+from glimpseprune.hub.inspection import _no_initialisation
 
-CODE = REPOSITORY / "modeling_glimpseprune"
-FOLDERS = {
-    "llava-1.5-7b": (LLAVA, 32, 4096, 21),
-    "llava-1.5-13b": (LLAVA, 40, 5120, 26),
-    "llava-v1.6-vicuna-7b": (LLAVA_NEXT, 32, 4096, 21),
+# Parameters of the stock models (tied embeddings counted once).
+BASE_PARAMETERS = {
+    "qwen2_5_vl_3b": 3_754_622_976,
+    "qwen2_5_vl_7b": 8_292_166_656,
+    "llava_1_5_7b": 7_063_427_072,
+    "llava_1_5_13b": 13_351_494_656,
+    "llava_v1_6_vicuna_7b": 7_063_431_168,
 }
+QWEN_VISION_LAYERS = [31, 23, 15, 7]
+CLIP_VISION_LAYERS = [23, 17, 11, 5]
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_code_files_are_links_and_complete(name):
-    folder = REPOSITORY / "hub_configs" / name
-    references = json.loads((folder / "config.json").read_text())["auto_map"].values()
-    entries = {CODE / f"{reference.partition('.')[0]}.py" for reference in references}
-    needed = {file for entry in entries for file in [entry, *get_relative_import_files(entry)]}
-    links = {link.name: link.resolve() for link in folder.glob("*.py") if link.is_symlink()}
-    assert links == {path.name: path.resolve() for path in map(CODE.joinpath, needed)}
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_folder_is_what_conversion_writes(name):
+    folder = HUB_CONFIGS / name
+    config = json.loads((folder / "config.json").read_text())
+    assert config == published_config(PUBLISHED[name])
+    assert (folder / "README.md").read_text() == published_card(PUBLISHED[name])
+    links = {path.name: path for path in folder.glob("*.py")}
+    code = {path.name: path for path in code_files(family_of(config, name))}
+    assert links.keys() == code.keys()
+    for file_name, link in links.items():
+        assert link.is_symlink() and link.resolve() == code[file_name].resolve()
+    assert {path.name for path in folder.iterdir()} == {"config.json", "README.md", *links}
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_model_is_built_from_the_configuration(name):
-    """On the meta device: official sizes, glimpse layer and tapped hidden states."""
-    family, layers, width, glimpse_layer = FOLDERS[name]
-    folder = REPOSITORY / "hub_configs" / name
-    config = family.config_class.from_pretrained(folder)
-    with torch.device("meta"):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_config_loads(name):
+    config = AutoConfig.from_pretrained(HUB_CONFIGS / name, trust_remote_code=True)
+    layers = config.get_text_config().num_hidden_layers
+    assert config.glimpse_layer == PUBLISHED[name].glimpse_layer == int(0.66 * layers)
+    is_qwen = name.startswith("qwen")
+    assert config.vision_layers == (QWEN_VISION_LAYERS if is_qwen else CLIP_VISION_LAYERS)
+    assert config.attention_scores == ("logits" if is_qwen else "log_probabilities")
+    assert config.glimpse_embedding_layers == list(range(layers))
+    assert config.glimpse_base["repository"] == PUBLISHED[name].base
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_base_has_the_published_size(name):
+    family = family_of(published_config(PUBLISHED[name]), name)
+    config = family.config_class.from_pretrained(HUB_CONFIGS / name)
+    with torch.device("meta"), _no_initialisation():
         model = family.model_class(config)
-    assert len(model.model.language_model.layers) == layers
-    assert model.lm_head.weight.shape == (32064, width)
-    assert config.glimpse_layer == glimpse_layer and config.attention_layers == [glimpse_layer]
-    assert config.vision_layers == [23, 17, 11, 5] and len(model.model.tapped_modules()) == 4
-    assert config.attention_scores == "log_probabilities"
-    token = model.model.glimpse.token
-    assert token.embeddings.shape == (layers, 1, width)
+    assert len(model.model.tapped_modules()) == len(config.vision_layers)
+    base = {part: weight for part, weight in model.named_parameters() if not is_glimpse(part)}
+    if config.tie_word_embeddings:
+        base.pop("lm_head.weight", None)
+    count = sum(weight.numel() for weight in base.values())
+    assert count == BASE_PARAMETERS[name.removesuffix("_plus")]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.base_model_type)
+def test_key_maps_leave_glimpse_weights_alone(family):
+    """A published repository's map meets the names of the glimpse weights too."""
+    for name in ("trained", "token.embeddings", "predictor.layers.0.mlp.up_proj.bias"):
+        assert rename(f"model.glimpse.{name}", family.base_key_map) == f"model.glimpse.{name}"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.base_model_type)
+def test_entry_files_import_the_code_that_finds_the_base(family):
+    """transformers 4 loads no more of a local folder than what the entry file imports itself."""
+    assert "base_weights.py" in {path.name for path in code_files(family)}

@@ -21,10 +21,10 @@ from transformers import (
 
 from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5, VisualCoTCollator
+from glimpseprune.hub.folders import vacant_sibling
 from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
 from glimpseprune.training.base import load_for_training, start_glimpse_as
-from glimpseprune.training.repository import vacant_sibling
 from glimpseprune.training.stage1 import last_checkpoint, train_stage1
 from glimpseprune.training.stage1_config import Stage1Config, load_recipe, parse_override
 from glimpseprune.training.stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures

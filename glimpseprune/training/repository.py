@@ -1,15 +1,12 @@
 """Writing a trained model as a complete repository, which both generations of transformers load."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..hub.folders import vacant_sibling
 from ..portable import edit_json, make_processor_portable, portable_config, write_json
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -39,7 +36,6 @@ def write_repository(
     Raises:
         ValueError: when `output` exists and is not an empty folder.
     """
-    check_vacant(output)
     model.to(dtype)
     model_name = _reference(type(model))
     auto_map = {"AutoConfig": _reference(type(model.config))}
@@ -48,7 +44,7 @@ def write_repository(
     type(model.config).register_for_auto_class("AutoConfig")
     type(model).register_for_auto_class(MODEL_AUTO_CLASSES[0])
     type(processor).register_for_auto_class("AutoProcessor")
-    with vacant_sibling(Path(output)) as folder:
+    with vacant_sibling(output) as folder:
         model.save_pretrained(folder, **UNDER_OWN_NAMES)
         processor.save_pretrained(folder)
         make_processor_portable(folder)
@@ -57,27 +53,6 @@ def write_repository(
         for name in PROCESSOR_FILES:
             _with_auto_map(folder / name, {"AutoProcessor": auto_map["AutoProcessor"]})
         write_json(folder / SUMMARY_FILE, summary)
-
-
-def check_vacant(output: str | Path) -> None:
-    """Raise a ValueError unless the folder is absent or empty."""
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output {output} exists and is not an empty folder")
-
-
-@contextmanager
-def vacant_sibling(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place on success and vanishes on failure."""
-    output = output.absolute()
-    folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.replace(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _reference(code: type) -> str:

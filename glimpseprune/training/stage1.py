@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.visual_cot import VisualCoTDataset, read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
+from ..hub.folders import check_vacant
 from .base import load_for_training, start_glimpse_as
-from .repository import check_vacant, write_repository
+from .repository import write_repository
 from .stage1_config import Stage1Recipe
 from .stage1_trainer import Stage1Trainer
 

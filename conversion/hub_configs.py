@@ -1,0 +1,166 @@
+"""The folders `hub_configs/NAME` of published models, without their weights.
+
+    python conversion/hub_configs.py
+
+writes the configuration, card and links to the code of every model in `PUBLISHED`, as publishing
+them would. `base_configs/` holds the stock configurations, written from what is publicly known of
+these bases: compare them with the base at hand before publishing. Tokenizer, processor files and
+generation configuration are the base's and come with it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conversion.convert_official import convert_config
+from conversion.families import family_of
+from conversion.model_card import ModelCard, render_card
+from conversion.repository import Publication, build_config, code_files
+from glimpseprune.hub.shards import read_json
+from glimpseprune.portable import write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BASE_CONFIGS = Path(__file__).with_name("base_configs")
+HUB_CONFIGS = REPOSITORY / "hub_configs"
+# The official settings, as its configurations state them (arXiv 2508.01548 and its code).
+OFFICIAL_SETTINGS = {
+    "attn_fuse_type": "AttnFuserV1",
+    "attn_fuse_size": 256,
+    "attn_fuse_global": True,
+    "attn_fuse_num_heads": 4,
+    "attn_fuse_hidden_act": "silu",
+    "visual_cond_size": 512,
+    "le_length": 1,
+    "le_norm_type": "rmsnorm",
+    "reduce_threshold": 0.5,
+    "min_remain_num": 1,
+}
+QWEN_SETTINGS = {"use_attention_logits": True, "selected_visual_layers": [31, 23, 15, 7]}
+LLAVA_SETTINGS = {"use_attention_logits": False, "selected_visual_layers": [23, 17, 11, 5]}
+QWEN_RESEARCH = {
+    "license": "other",
+    "license_name": "qwen-research",
+    "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
+}
+LLAMA_2 = {"license": "llama2"}
+CONVERTED = "The official glimpse weights, converted."
+PLUS = "Stage 2 (reinforcement learning on pruned sequences) of the base, merged, then stage 1."
+STAGE_1 = "Stage 1; there is no official checkpoint of this base."
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """One model that is published.
+
+    Attributes:
+        base: Hub id of its base.
+        base_config: file of the base's configuration in `base_configs/`.
+        glimpse_layer: K.
+        licence: what the base's card says of its licence.
+        settings: the official settings in which families differ.
+        training: how its glimpse comes about, a sentence.
+    """
+
+    base: str
+    base_config: str
+    glimpse_layer: int
+    licence: Mapping[str, str]
+    settings: Mapping[str, object]
+    training: str = CONVERTED
+
+    @property
+    def title(self) -> str:
+        """Headline of its card."""
+        method = "GlimpsePrune+" if self.training == PLUS else "GlimpsePrune"
+        return f"{method}, {self.base.partition('/')[2]}"
+
+
+QWEN_3B = PublishedModel(
+    "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl_3b.json", 23, QWEN_RESEARCH, QWEN_SETTINGS
+)
+QWEN_7B = PublishedModel(
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen2_5_vl_7b.json",
+    18,
+    {"license": "apache-2.0"},
+    QWEN_SETTINGS,
+)
+LLAVA_7B = PublishedModel(
+    "llava-hf/llava-1.5-7b-hf", "llava_1_5_7b.json", 21, LLAMA_2, LLAVA_SETTINGS
+)
+LLAVA_13B = PublishedModel(
+    "llava-hf/llava-1.5-13b-hf", "llava_1_5_13b.json", 26, LLAMA_2, LLAVA_SETTINGS
+)
+PUBLISHED = {
+    "qwen2_5_vl_3b": QWEN_3B,
+    "qwen2_5_vl_3b_plus": replace(QWEN_3B, training=PLUS),
+    "qwen2_5_vl_7b": QWEN_7B,
+    "qwen2_5_vl_7b_plus": replace(QWEN_7B, training=PLUS),
+    "llava_1_5_7b": LLAVA_7B,
+    "llava_1_5_7b_plus": replace(LLAVA_7B, training=PLUS),
+    "llava_1_5_13b": LLAVA_13B,
+    "llava_1_5_13b_plus": replace(LLAVA_13B, training=PLUS),
+    "llava_v1_6_vicuna_7b": PublishedModel(
+        "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava_v1_6_vicuna_7b.json",
+        21,
+        LLAMA_2,
+        LLAVA_SETTINGS,
+        training=STAGE_1,
+    ),
+}
+
+
+def published_config(model: PublishedModel) -> dict:
+    """What conversion writes to the config.json of a published model."""
+    base = read_json(BASE_CONFIGS / model.base_config)
+    layers = base.get("text_config", base)["num_hidden_layers"]
+    official = {
+        **OFFICIAL_SETTINGS,
+        **model.settings,
+        "num_hidden_layers": layers,
+        "selected_layers": [model.glimpse_layer],
+        "reduce_layer": model.glimpse_layer,
+        "le_layers": list(range(layers)),
+    }
+    family = family_of(base, model.base_config)
+    publication = Publication(base_repository=model.base)
+    return build_config(base, family, convert_config(official), publication)
+
+
+def published_card(model: PublishedModel) -> str:
+    """The card of a published model before anything was measured with its files."""
+    card = ModelCard(title=model.title, training=model.training)
+    return render_card(card, published_config(model), model.licence)
+
+
+def write_folder(name: str, model: PublishedModel, parent: Path = HUB_CONFIGS) -> None:
+    """Write one folder; what is in it already is replaced."""
+    folder = parent / name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = published_config(model)
+    write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(published_card(model), encoding="utf-8")
+    for link in folder.glob("*.py"):
+        link.unlink()
+    for file in code_files(family_of(config, name)):
+        (folder / file.name).symlink_to(os.path.relpath(file, folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write all folders."""
+    parser = argparse.ArgumentParser(prog="hub_configs.py", description=main.__doc__)
+    parser.parse_args(argv)
+    for name, model in PUBLISHED.items():
+        write_folder(name, model)
+        print(f"wrote {HUB_CONFIGS.name}/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

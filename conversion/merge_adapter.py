@@ -1,0 +1,225 @@
+"""Merge stage 2's LoRA adapter into its base, shard by shard.
+
+    python conversion/merge_adapter.py --base BASE --adapter ADAPTER --output MERGED
+
+Files of the base that hold no adapted weight are taken as they are; of the others, one at a time is
+in memory. peft does the arithmetic. The result is a stock model folder: `glimpseprune train-stage1
+--base MERGED` goes on with it.
+"""
+
+import argparse
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conversion.families import Family, family_of
+from conversion.publishing import resolve_base, run_command
+from conversion.repository import (
+    LICENCE_FILES,
+    copy_processor_files,
+    is_glimpse,
+    rename_base,
+    resolve_folder,
+    write_index,
+)
+from glimpseprune.hub.folders import place_file, vacant_sibling
+from glimpseprune.hub.shards import (
+    ConversionError,
+    Shard,
+    find_shards,
+    load_tensors,
+    read_json,
+    read_shard,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Settings whose effect is more than a sum of products per layer, with the value that is supported.
+ONLY = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "modules_to_save": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+
+logger = logging.getLogger(__name__)
+
+
+def merge(base: Path, adapter: Path, output: Path) -> None:
+    """Write a stock model folder with an adapter merged in, or nothing.
+
+    Args:
+        base: folder of the stock base.
+        adapter: folder that peft saved, of a LoRA adapter of our model or of the stock one.
+        output: folder to create; it may exist if it is empty.
+
+    Raises:
+        ConversionError: when base or adapter are unsound or do not belong together.
+        ValueError: when `output` is not empty.
+    """
+    config = read_json(base / "config.json")
+    family = family_of(config, base)
+    shards = find_shards(base)
+    names = rename_base(shards, family.base_key_map)
+    if any(is_glimpse(name) for shard in shards for name in shard.tensors):
+        raise ConversionError(f"{base} holds glimpse weights, which do not fit a merged base")
+    factors = read_adapter(adapter)
+    modules = adapted_modules(factors, names, family)
+    with vacant_sibling(output) as folder:
+        weight_map = {}
+        for index, shard in enumerate(tqdm(shards, desc="shards", disable=None), start=1):
+            file_name = f"merged-{index:05d}-of-{len(shards):05d}.safetensors"
+            ours = {name: modules[name] for name in shard.tensors if name in modules}
+            if ours:
+                save_file(
+                    merge_shard(shard, ours, factors, adapter),
+                    folder / file_name,
+                    metadata={"format": "pt"},
+                )
+            else:
+                place_file(shard.path, folder / file_name)
+            weight_map |= dict.fromkeys(shard.tensors, file_name)
+        write_index(folder, weight_map, sum(shard.data_bytes for shard in shards))
+        for name in ("config.json", "generation_config.json", *LICENCE_FILES):
+            if (base / name).exists():
+                shutil.copyfile(base / name, folder / name)
+        copy_processor_files(folder, base)
+    logger.info("merged %d weights into %s", len(modules), output)
+
+
+def read_adapter(adapter: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by the names peft gave them.
+
+    Raises:
+        ConversionError: when its files are missing or damaged, or it is more than a plain LoRA.
+    """
+    config = read_json(adapter / ADAPTER_CONFIG)
+    for name, supported in ONLY.items():
+        if config.get(name, supported) != supported:
+            raise ConversionError(
+                f"{name}={config[name]!r} of {adapter / ADAPTER_CONFIG} is not supported; "
+                f"supported is only {supported!r}"
+            )
+    shard = read_shard(adapter / ADAPTER_WEIGHTS)
+    unexpected = [name for name in shard.tensors if not ADAPTED.fullmatch(name)]
+    if unexpected:
+        raise ConversionError(f"{shard.path} holds {unexpected[0]}, which is no LoRA factor")
+    return load_file(shard.path)
+
+
+def adapted_modules(
+    factors: Mapping[str, torch.Tensor], names: Mapping[str, str], family: Family
+) -> dict[str, str]:
+    """The adapted module (as the adapter names it) of each weight of the base that changes.
+
+    Raises:
+        ConversionError: naming a module that the base does not have.
+    """
+    by_our_name = {ours: theirs for theirs, ours in names.items()}
+    stock_names = set(names)
+    modules = {}
+    for module in dict.fromkeys(ADAPTED.fullmatch(name)[1] for name in factors):
+        weight = f"{module}.weight"
+        held = by_our_name.get(weight, weight if weight in stock_names else None)
+        if held is None:
+            raise ConversionError(
+                f"the adapter changes {module}, which this {family.base_model_type} base lacks"
+            )
+        modules[held] = module
+    return modules
+
+
+def merge_shard(
+    shard: Shard, modules: Mapping[str, str], factors: Mapping[str, torch.Tensor], adapter: Path
+) -> dict[str, torch.Tensor]:
+    """A shard's tensors, those of adapted modules merged.
+
+    Args:
+        shard: file of the base.
+        modules: adapted module of each of its weights that change.
+        factors: the adapter's tensors.
+        adapter: folder of its configuration.
+    """
+    tensors = load_tensors(shard, shard.tensors)
+    for name, module in modules.items():
+        own = {key: value for key, value in factors.items() if ADAPTED.fullmatch(key)[1] == module}
+        tensors[name] = merge_weight(tensors[name], module, own, adapter)
+    return tensors
+
+
+def merge_weight(
+    weight: torch.Tensor, module: str, factors: Mapping[str, torch.Tensor], adapter: Path
+) -> torch.Tensor:
+    """One linear layer's weight `(out, in)` with its adapter merged by peft.
+
+    Raises:
+        ConversionError: when the factors do not fit the weight or the adapter's configuration.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.inference_mode = True
+    config.task_type = None  # a lone layer generates nothing
+    config.target_modules = [module.rpartition(".")[2]]  # chosen by the tensors that there are
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        adapted = get_peft_model(_nest(module, linear), config)
+        set_peft_model_state_dict(adapted, dict(factors))
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ConversionError(f"merging the adapter into {module} failed: {error}") from error
+    return merged.get_submodule(module).weight.data.contiguous()
+
+
+def _nest(path: str, leaf: nn.Module) -> nn.Module:
+    """Modules within modules, so that `leaf` is found at a dotted path."""
+    for name in reversed(path.split(".")):
+        parent = nn.Module()
+        parent.add_module(name, leaf)
+        leaf = parent
+    return leaf
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="merge_adapter.py", description="Merge a LoRA adapter into its base, shard by shard."
+    )
+    parser.add_argument("--base", required=True, help="stock base: a folder or a Hub id")
+    parser.add_argument("--base-revision", help="revision of the base, where it is a Hub id")
+    parser.add_argument("--adapter", required=True, help="what peft saved: a folder or a Hub id")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merge what the arguments name."""
+    base = resolve_base(arguments.base, arguments.base_revision)
+    adapter = resolve_folder(arguments.adapter, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    merge(base, adapter, arguments.output)
+    print(f"wrote {arguments.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, or 1 after saying what is wrong."""
+    return run_command(build_parser(), argv, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Repositories as files: safetensors headers, complete-or-nothing writing, inspection."""

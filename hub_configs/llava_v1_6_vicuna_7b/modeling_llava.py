@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/modeling_llava.py

@@ -1,0 +1,129 @@
+"""Where the weights of a repository lie when they are not simply its own, under its own names.
+
+`glimpse_base` in a repository's configuration describes the base:
+
+    repository: Hub id or folder of the base.
+    revision: its commit, branch or tag; None is the newest.
+    key_mapping: regular expression -> replacement, which turns names of the base's tensors into
+        names of the model's. A published repository holds the base's files untouched.
+    included: False for a glimpse-only repository, which holds the glimpse weights alone and takes
+        the base's from `repository`.
+
+A model that was loaded has all weights under its own names, and is saved so.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+GLIMPSE_PREFIX = "model.glimpse."
+GLIMPSE_SHARD = "model-glimpse.safetensors"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+PLACE_ARGUMENTS = ("revision", "subfolder")
+COMPANIONS = ("config.json", "generation_config.json")
+MAY_BE_ABSENT = {"_raise_exceptions_for_missing_entries": False}
+
+
+@contextmanager
+def located_weights(
+    repository: str | os.PathLike | None, arguments: dict
+) -> Iterator[tuple[str | os.PathLike | None, dict]]:
+    """Give what the stock `from_pretrained` needs to find all weights of a repository.
+
+    Args:
+        repository: what the caller wants to load: a folder or a Hub id.
+        arguments: the caller's keyword arguments of `from_pretrained`.
+
+    Yields:
+        The folder or Hub id to load instead, and the arguments to load it with.
+
+    Raises:
+        OSError: when the base of a glimpse-only repository cannot be fetched.
+        ValueError: when the base is not named, or its index points outside its folder.
+    """
+    base = _read_base(repository, arguments)
+    if base.get("key_mapping"):
+        mapping = (arguments.get("key_mapping") or {}) | base["key_mapping"]
+        arguments = arguments | {"key_mapping": mapping}
+    if base.get("included", True):
+        yield repository, arguments
+        return
+    hub_arguments = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+    place = {name: arguments[name] for name in PLACE_ARGUMENTS if arguments.get(name)}
+    own_arguments = hub_arguments | place
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COMPANIONS:
+            file = cached_file(repository, name, **own_arguments, **MAY_BE_ABSENT)
+            if file is not None:
+                Path(folder, name).write_bytes(Path(file).read_bytes())
+        glimpse = os.path.abspath(cached_file(repository, GLIMPSE_SHARD, **own_arguments))
+        weight_map = _base_weight_map(base, hub_arguments) | dict.fromkeys(_names(glimpse), glimpse)
+        index = {"metadata": {}, "weight_map": weight_map}
+        Path(folder, INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+        rest = {name: value for name, value in arguments.items() if name not in PLACE_ARGUMENTS}
+        yield folder, rest
+
+
+def own_weights(model: PreTrainedModel, repository: str | os.PathLike | None) -> None:
+    """Let a loaded model be saved as one repository, under its own names."""
+    base = model.config.glimpse_base
+    if base is None:
+        return
+    origin = {name: base.get(name) for name in ("repository", "revision")}
+    model.config.glimpse_base = origin if origin["repository"] else None
+    model.config.name_or_path = model.name_or_path = str(repository)
+    model._weight_conversions = None  # with these, transformers 5 saves under the base's names
+
+
+def _read_base(repository: str | os.PathLike | None, arguments: dict) -> dict:
+    """`glimpse_base` of what is to be loaded; empty where there is none."""
+    config = arguments.get("config")
+    if isinstance(config, PretrainedConfig):
+        return config.glimpse_base or {}
+    if repository is None or arguments.get("state_dict") is not None:
+        return {}
+    names = (*HUB_ARGUMENTS, *PLACE_ARGUMENTS)
+    given = {name: arguments[name] for name in names if arguments.get(name)}
+    content, _ = PretrainedConfig.get_config_dict(config or repository, **given)
+    return content.get("glimpse_base") or {}
+
+
+def _base_weight_map(base: dict, hub_arguments: dict) -> dict[str, str]:
+    """Absolute path of the file that holds each of the base's tensors."""
+    repository, revision = base.get("repository"), base.get("revision")
+    if not repository:
+        raise ValueError("glimpse_base must name the repository of the base, which is not included")
+    hub_arguments = hub_arguments | ({"revision": revision} if revision else {})
+    single = cached_file(repository, SINGLE_FILE, **hub_arguments, **MAY_BE_ABSENT)
+    if single is not None:
+        return dict.fromkeys(_names(single), os.path.abspath(single))
+    index = cached_file(repository, INDEX_FILE, **hub_arguments, **MAY_BE_ABSENT)
+    if index is None:
+        raise OSError(
+            f"the base {repository} (revision {revision or 'main'}) holds neither {SINGLE_FILE} "
+            f"nor {INDEX_FILE}, or they are not in the cache and cannot be fetched"
+        )
+    weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    for file_name in weight_map.values():
+        path = PurePosixPath(file_name)
+        if path.is_absolute() or ".." in path.parts or set("\\:") & set(file_name):
+            raise ValueError(f"the index of the base {repository} names a file outside: {path}")
+    files, _ = get_checkpoint_shard_files(repository, index, **hub_arguments)
+    paths = dict(zip(sorted(set(weight_map.values())), files, strict=True))
+    return {name: os.path.abspath(paths[file]) for name, file in weight_map.items()}
+
+
+def _names(shard: str) -> list[str]:
+    """The tensors that a safetensors file holds, from its header."""
+    with open(shard, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [name for name in header if name != "__metadata__"]

@@ -8,7 +8,11 @@ sliding-window layer does.
 """
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer
+
+# transformers 5 has quantized layers of more than one kind.
+QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 class PrunedLayer(DynamicLayer):
@@ -106,6 +110,9 @@ class PrunedLayer(DynamicLayer):
             if rows is not None:
                 setattr(self, name, function(rows))
 
+    def seal(self) -> None:
+        """Hear that the prompt is compact: from here on the layer only grows."""
+
     def keep(self, index: torch.Tensor) -> None:
         """Keep only the given slots, freeing the rest.
 
@@ -121,11 +128,66 @@ class PrunedLayer(DynamicLayer):
         self.values = self.values.take_along_dim(index, dim=2)
 
 
-def adopt_layers(cache: DynamicCache, num_layers: int) -> None:
+class PrunedQuantizedLayer(PrunedLayer):
+    """A pruned layer that hands a compact prompt to a quantized layer, and what follows.
+
+    Quantized tokens cannot be gathered, so a prompt is held as it is until it is compact.
+
+    Attributes:
+        store: transformers' quantized layer.
+    """
+
+    def __init__(self, store: DynamicLayer):
+        super().__init__()
+        self.store = store
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.store.get_seq_length() > 0
+
+    @property
+    def physical_length(self) -> int:
+        return self.store.get_seq_length() + super().physical_length
+
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        return (self.store if self.is_sealed else super()).update(*args, **kwargs)
+
+    def seal(self) -> None:
+        self.store.update(self.keys, self.values)
+        self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+
+    def crop(self, length: int) -> None:
+        if length < 0 or length < self.get_seq_length():
+            self._refuse_if_sealed("cropped")
+        super().crop(length)
+
+    def reset(self) -> None:
+        super().reset()
+        self.store.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_sealed:
+            self.store.reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._refuse_if_sealed("repeated")
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._refuse_if_sealed("taken apart")
+        super().batch_select_indices(indices)
+
+    def _refuse_if_sealed(self, what: str) -> None:
+        if self.is_sealed:
+            raise ValueError(f"a quantized cache cannot be {what}: use the default DynamicCache")
+
+
+def adopt_layers(cache: Cache, num_layers: int) -> None:
     """Give a cache `num_layers` layers that can be pruned; what they hold stays.
 
     Raises:
-        ValueError: when the cache is not a plain `DynamicCache`.
+        ValueError: when the layers are neither `DynamicLayer`s nor empty quantized ones.
     """
     layers = list(cache.layers)
     layers += [DynamicLayer() for _ in range(num_layers - len(layers))]
@@ -133,7 +195,9 @@ def adopt_layers(cache: DynamicCache, num_layers: int) -> None:
 
 
 def _adopt(layer: DynamicLayer) -> PrunedLayer:
-    if isinstance(layer, PrunedLayer):
+    if isinstance(layer, QUANTIZED_LAYER) and not layer.get_seq_length():
+        return PrunedQuantizedLayer(layer)
+    if isinstance(layer, PrunedLayer) and not getattr(layer, "is_sealed", False):
         return layer
     if type(layer) is not DynamicLayer:
         raise ValueError(
@@ -147,7 +211,7 @@ def _adopt(layer: DynamicLayer) -> PrunedLayer:
 
 def pruned_layer(cache: object) -> PrunedLayer | None:
     """The first layer of a cache from which tokens were dropped; None for any other cache."""
-    if not isinstance(cache, DynamicCache) or not cache.layers:
+    if not isinstance(cache, Cache) or not getattr(cache, "layers", None):
         return None
     layer = cache.layers[0]
     return layer if isinstance(layer, PrunedLayer) and layer.prompt_slots else None

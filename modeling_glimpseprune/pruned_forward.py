@@ -543,6 +543,7 @@ class PrunedForwardMixin:
             layer.fixed_slots = prefill.fixed_slots
             layer.prompt_mask = prefill.mask
             layer.position_delta = delta[:, None]
+            layer.seal()
         past_columns = prefill.past_columns.expand(len(new_columns), -1)
         cache.layers[0].prompt_columns = torch.cat([past_columns, new_columns], dim=1)
 

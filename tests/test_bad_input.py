@@ -94,18 +94,6 @@ def test_unknown_generate_argument(model, batch):
         answer(model, batch, prune_treshold=0.3)
 
 
-def test_chunked_prefill_is_refused(model, batch):
-    """A chunk of the prompt cannot know what the question at its end needs."""
-    with pytest.raises(ValueError):
-        answer(model, batch, prefill_chunk_size=8, max_keep_ratio=0.4)
-
-
-@pytest.mark.parametrize("output", ["output_attentions", "output_hidden_states"])
-def test_outputs_of_layers_with_different_lengths(model, batch, output):
-    with pytest.raises(ValueError, match=output):
-        model(**batch.inputs, **{output: True})
-
-
 # Masks
 
 

@@ -1,6 +1,6 @@
 """What users do with `generate` beyond a greedy answer, each against the slow reference.
 
-Every test names the feature it shows; `docs/generation.md` has a row for each (see the last test).
+Every test names the feature it shows; `docs/generation.md` has a row for each (`test_docs.py`).
 """
 
 import copy
@@ -31,11 +31,13 @@ from test_invariants import (
     training_inputs,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conversion.families import QWEN2_5_VL
 from modeling_glimpseprune import pruned_forward
+from modeling_glimpseprune.pruned_forward import TRANSFORMERS_5
 from modeling_glimpseprune.visual_tokens import VisualTokens
 
 QWEN_ONLY = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
@@ -110,7 +112,6 @@ def test_sampled_tokens_come_from_the_reference_distribution(shared_models, buil
         assert_near(step_logits(output, row), expected)
 
 
-@QWEN_ONLY
 @pytest.mark.feature("beam sampling")
 @torch.no_grad()
 def test_beam_sampling_equals_the_uncached_one(shared_models, build_batch):
@@ -545,6 +546,15 @@ def test_copies_go_their_own_way(shared_models, build_batch):
         assert_equals_reference(models, batch, second, batch.split(keep), first_step=4)
 
 
+@pytest.mark.feature("chunked prefill")
+@torch.no_grad()
+def test_chunked_prefill_is_refused(shared_models, build_batch):
+    """A chunk of the prompt cannot know what the question at its end needs."""
+    models, batch = shared_models(24), build_batch(ONE)
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot be combined with pruning"):
+        generate(models.pruned, batch.inputs, 2, prefill_chunk_size=8)
+
+
 @pytest.mark.feature("static cache")
 @torch.no_grad()
 def test_a_static_cache_is_refused(shared_models, build_batch):
@@ -555,6 +565,76 @@ def test_a_static_cache_is_refused(shared_models, build_batch):
     assert_same_output(unpruned, generate(models.stock, batch.inputs, 2))
 
 
+class RoundedLayer(QuantizedLayer):
+    """A quantized layer that needs no package: it keeps multiples of a step."""
+
+    def __init__(self, step: float):
+        super().__init__(residual_length=2)
+        self.step = step
+
+    def _quantize(self, tensor, axis):
+        return torch.round(tensor / self.step)
+
+    def _dequantize(self, q_tensor):
+        return q_tensor * self.step
+
+
+def rounded_cache(model, step: float) -> Cache:
+    return Cache(layers=[RoundedLayer(step) for _ in model.model.language_model.layers])
+
+
+@pytest.mark.feature("quantized cache")
+@torch.no_grad()
+def test_a_quantized_cache_holds_kept_tokens(shared_models, build_batch):
+    """Fine steps change nothing; coarse ones change what they change in the stock model."""
+    models, batch = shared_models(24), build_batch(RAGGED)
+    keep = random_keep(batch)
+    for options in ({}, {"num_beams": 2}) if TRANSFORMERS_5 else ({},):
+        cache = rounded_cache(models.pruned, 2.0**-20)
+        options = options | {"visual_keep_mask": keep}
+        output = generate(models.pruned, batch.inputs, past_key_values=cache, **options)
+        assert cache.layers[0].dropped and cache.layers[-1].store.residual_length
+        assert_same_output(output, generate(models.pruned, batch.inputs, **options))
+    everything = {"visual_keep_mask": torch.ones_like(keep)}
+    coarse, unrounded = (
+        generate(models.pruned, batch.inputs, 6, past_key_values=past, **everything)
+        for past in (rounded_cache(models.pruned, 0.5), None)
+    )
+    stock_cache = rounded_cache(models.stock, 0.5)
+    assert_same_output(coarse, generate(models.stock, batch.inputs, 6, past_key_values=stock_cache))
+    assert not torch.allclose(step_logits(coarse, 0), step_logits(unrounded, 0), atol=1e-3)
+
+
+@pytest.mark.feature("quantized cache")
+@torch.no_grad()
+def test_what_a_quantized_cache_cannot_do(shared_models, build_batch):
+    models, batch = shared_models(24), build_batch(ONE)
+    cache = rounded_cache(models.pruned, 2.0**-20)
+    output = generate(models.pruned, batch.inputs, 2, past_key_values=cache, max_keep_ratio=0.4)
+    for change in (
+        lambda: cache.crop(-1),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0])),
+    ):
+        with pytest.raises(ValueError, match="a quantized cache cannot be"):
+            change()
+    second = build_batch([[2, (2, 2), 3]])
+    with pytest.raises(ValueError, match="cannot be pruned"):
+        generate(models.pruned, follow(batch, second, output, second), 2, max_keep_ratio=0.4)
+
+
+@pytest.mark.feature("quantized cache")
+@torch.no_grad()
+def test_generate_makes_a_quantized_cache(shared_models, build_batch):
+    pytest.importorskip("optimum.quanto")
+    models, batch = shared_models(24), build_batch(RAGGED)
+    options = {"cache_implementation": "quantized", "cache_config": {"q_group_size": 4}}
+    everything = {"visual_keep_mask": torch.ones(batch.num_visual, dtype=torch.bool)}
+    output = generate(models.pruned, batch.inputs, **everything, **copy.deepcopy(options))
+    assert_same_output(output, generate(models.stock, batch.inputs, **options))
+
+
+@pytest.mark.slow
 @QWEN_ONLY
 @pytest.mark.feature("torch.compile")
 @torch.no_grad()
@@ -581,6 +661,25 @@ def test_flex_attention_is_refused_as_in_the_stock_model(shared_models):
             model.set_attn_implementation("flex_attention")
 
 
+@pytest.mark.slow
+@pytest.mark.feature("flex_attention")
+@pytest.mark.parametrize("family", ["llava", "llava_next"], indirect=True)
+@torch.no_grad()
+def test_flex_attention_equals_hidden(build_models, build_batch):
+    models, batch = build_models(24), build_batch(RAGGED)
+    keep = random_keep(batch)
+    for model in models:
+        model.set_attn_implementation({"text_config": "flex_attention"})
+    try:
+        generate(models.stock, batch.inputs, 3)
+    except Exception as error:  # whatever the compiler raises
+        pytest.skip(f"the stock model does not run it here: {type(error).__name__}")
+    output = generate(models.pruned, batch.inputs, 3, visual_keep_mask=keep)
+    for model in models:
+        model.set_attn_implementation({"text_config": "sdpa"})
+    assert_equals_reference(models, batch, output, batch.split(keep))
+
+
 # Weights and devices.
 
 
@@ -604,7 +703,6 @@ def test_half_precision_stays_near(build_models, build_batch, dtype):
     assert generate(model, batch.inputs).past_key_values.layers[0].keys.dtype == dtype
 
 
-@QWEN_ONLY
 @pytest.mark.feature("device_map, disk offload")
 @torch.no_grad()
 def test_layers_on_disk_equal_hidden(build_models, build_batch, tmp_path):
@@ -612,11 +710,15 @@ def test_layers_on_disk_equal_hidden(build_models, build_batch, tmp_path):
     keep = random_keep(batch)
     models.pruned.save_pretrained(tmp_path / "model")
     placed = dict.fromkeys(
-        ["model.visual", "model.glimpse", "model.language_model.embed_tokens", "lm_head",
+        ["model.glimpse", "model.language_model.embed_tokens", "lm_head",
          "model.language_model.norm", "model.language_model.rotary_emb",
          "model.language_model.layers.0"],
         "cpu",
     )  # fmt: skip
+    others = {name for name, _ in models.pruned.model.named_children()}
+    others |= {name for name, _ in models.pruned.model.named_parameters(recurse=False)}
+    others -= {"language_model", "glimpse"}
+    placed |= dict.fromkeys([f"model.{name}" for name in others], "cpu")
     placed |= {f"model.language_model.layers.{index}": "disk" for index in (1, 2)}
     model = type(models.pruned).from_pretrained(
         tmp_path / "model",
@@ -716,7 +818,6 @@ def test_a_reloaded_model_is_the_same(shared_models, build_batch, tmp_path):
 # Nothing is left behind.
 
 
-@QWEN_ONLY
 @pytest.mark.feature("threads")
 @torch.no_grad()
 def test_eight_threads_share_a_model(shared_models, build_batch):

@@ -186,6 +186,7 @@ def test_text_only_prompts_are_the_stock_model(shared_models, build_batch, name)
 # 2. A pruned run equals the stock model that may not look at the dropped tokens.
 
 
+@pytest.mark.feature("eager, sdpa")
 @pytest.mark.parametrize("seed", range(42))
 @torch.no_grad()
 def test_pruned_equals_hidden(build_models, build_batch, seed):
@@ -289,6 +290,8 @@ def test_importance_equals_the_slow_score(build_models, build_batch, variant, fa
             assert_near(scores, score_slowly(models.stock, glimpse, config, prompt))
 
 
+@pytest.mark.feature("video")
+@pytest.mark.feature("batches, left padding, several images, text-only rows")
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
 def test_every_kind_of_prompt_equals_hidden(shared_models, build_batch, name):
@@ -298,6 +301,7 @@ def test_every_kind_of_prompt_equals_hidden(shared_models, build_batch, name):
     assert_equals_reference(models, batch, output, batch.split(keep))
 
 
+@pytest.mark.feature("video")
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
 def test_record_describes_each_visual(shared_models, build_batch, name):
@@ -331,6 +335,7 @@ def test_direct_forward_keeps_the_logical_layout(shared_models, build_batch, nam
         assert not of_row[~expected.kept].any()
 
 
+@pytest.mark.feature("later turns of text")
 @pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("name", IMAGE_PROMPTS)
 @torch.no_grad()
@@ -363,6 +368,7 @@ def second_turn(batch: Batch, first, num_tokens: int) -> dict:
 # 3. Rows of a batch, and generations on one model, do not disturb one another.
 
 
+@pytest.mark.feature("batches, left padding, several images, text-only rows")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "max_keep_ratio": 0.2}])
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
@@ -382,6 +388,7 @@ def test_a_batch_equals_its_rows_alone(shared_models, build_batch, name, options
             assert_near(alone.past_key_values.glimpse.importance, scores[row])
 
 
+@pytest.mark.feature("beam search")
 @torch.no_grad()
 def test_beams_share_the_callers_mask(shared_models, build_batch):
     models, batch = shared_models(7), build_batch(PROMPTS["ragged_batch"])
@@ -393,6 +400,7 @@ def test_beams_share_the_callers_mask(shared_models, build_batch):
         assert torch.equal(completion_of(together, batch, row), expected)
 
 
+@pytest.mark.feature("several returned sequences")
 @torch.no_grad()
 def test_returned_sequences_share_the_glimpse(shared_models, build_batch):
     models, batch = shared_models(7), build_batch(PROMPTS["ragged_batch"])
@@ -404,6 +412,7 @@ def test_returned_sequences_share_the_glimpse(shared_models, build_batch):
     assert_near(sampled.logits[0], greedy.logits[0].repeat_interleave(2, dim=0))
 
 
+@pytest.mark.feature("assisted decoding by prompt look-up")
 @pytest.mark.parametrize("own_choice", [False, True])
 @torch.no_grad()
 def test_drafted_tokens_change_nothing(shared_models, build_batch, monkeypatch, own_choice):
@@ -430,6 +439,7 @@ def test_drafted_tokens_change_nothing(shared_models, build_batch, monkeypatch, 
     assert_near(torch.stack(drafted.logits), torch.stack(expected.logits))
 
 
+@pytest.mark.feature("use_cache=False")
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
 def test_cached_equals_uncached(shared_models, build_batch, name):
@@ -514,6 +524,7 @@ class MeetAtEveryStep:
         return scores
 
 
+@pytest.mark.feature("threads")
 @torch.no_grad()
 def test_threads_share_a_model(shared_models, build_batch):
     """Two generations in lockstep: both inside the vision encoder, then one token each in turn."""
@@ -567,6 +578,7 @@ def training_inputs(batch: Batch, output, lengths: list[int]) -> dict:
     return inputs | {"labels": torch.cat([unlabelled, labels], dim=1)}
 
 
+@pytest.mark.feature("training forward")
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("boundary", ["prompt_length", "labels", "logits_to_keep"])
 @pytest.mark.parametrize("name", PROMPTS)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+MLP_CHUNK = 2048  # tokens
 
 
 def run_layer(
@@ -35,6 +36,8 @@ def run_layer(
 
     if _checkpoints(layer):
         return _run_checkpointed(run, layer, states, cache)
+    if _is_long(states):
+        return run_mlp(layer, run_attention(layer, states, mask, rotary, cache))
     return run(states, cache)
 
 
@@ -75,8 +78,18 @@ def run_attention_with_weights(
 
 
 def run_mlp(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The second half of a layer: MLP and its residual."""
-    return states + layer.mlp(layer.post_attention_layernorm(states))
+    """The second half of a layer: MLP and its residual.
+
+    A long prefill runs part by part: the MLP's inner width, several times the model's, takes more
+    memory than anything else in a layer.
+    """
+    if not _is_long(states):
+        return states + layer.mlp(layer.post_attention_layernorm(states))
+    output = states.new_empty(states.shape)
+    parts = zip(*(each.flatten(0, 1).split(MLP_CHUNK) for each in (states, output)), strict=True)
+    for part, place in parts:
+        torch.add(part, layer.mlp(layer.post_attention_layernorm(part)), out=place)
+    return output
 
 
 def query_logits(
@@ -108,6 +121,10 @@ def device_of(module: nn.Module, states: torch.Tensor) -> torch.device:
     """Where a module computes; where the states are if its weights are fetched when needed."""
     weight = next(module.parameters(), states)
     return states.device if weight.device.type == "meta" else weight.device
+
+
+def _is_long(states: torch.Tensor) -> bool:
+    return states[..., 0].numel() > MLP_CHUNK and not torch.is_grad_enabled()
 
 
 def _checkpoints(layer: nn.Module) -> bool:

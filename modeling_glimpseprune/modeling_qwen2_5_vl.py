@@ -76,6 +76,10 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
     def tapped_modules(self) -> list:
         return [self.visual.blocks[layer] for layer in self.config.vision_layers]
 
+    def reduce_tap(self, output: torch.Tensor) -> torch.Tensor:
+        """Averages over the patches of each token: `(N * patches, width)` to `(N, width)`."""
+        return output.unflatten(0, (-1, self.visual.spatial_merge_size**2)).mean(dim=1)
+
     get_image_features = show_arguments(Qwen2_5_VLModel.get_image_features)(
         PruningModelMixin.get_image_features
     )
@@ -135,7 +139,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         scale = torch.tensor([1, merge, merge], device=grids.device)
         geometry = token_geometry(grids // scale, sizes).to(taps[0].device)
         order = window_order(geometry, sizes, self.predictor_window)
-        layers = [_in_raster_order(tap, order, merge**2) for tap in taps]
+        layers = [torch.empty_like(tap).index_copy(0, order, tap) for tap in taps]
         return whole_images(embeddings, layers, geometry)
 
 
@@ -173,9 +177,3 @@ def window_order(geometry: torch.Tensor, sizes: list[int], window: int) -> torch
     image = torch.arange(len(sizes), device=geometry.device)
     image = image.repeat_interleave(repeats, output_size=len(geometry))
     return (image * (len(geometry) + 1) + within_image).argsort(stable=True)
-
-
-def _in_raster_order(tap: torch.Tensor, order: torch.Tensor, patches: int) -> torch.Tensor:
-    """Average a block's output over the patches of each token, `(N * patches, w)` to `(N, w)`."""
-    tokens = tap.unflatten(0, (-1, patches)).mean(dim=1)
-    return torch.empty_like(tokens).index_copy(0, order, tokens)

@@ -83,6 +83,10 @@ class PruningModelMixin(GlimpseWeightsMixin):
         """The modules whose outputs condition the predictor, in the order of its layers."""
         raise NotImplementedError
 
+    def reduce_tap(self, output: torch.Tensor) -> torch.Tensor:
+        """What to keep of a tapped module's output while the encoder goes on."""
+        return output
+
     def describe_visuals(
         self, embeddings: list[torch.Tensor], taps: list[torch.Tensor], **inputs
     ) -> VisualFeatures:
@@ -90,7 +94,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
 
         Args:
             embeddings: one `(placeholders, hidden)` tensor an image.
-            taps: what `tapped_modules` returned.
+            taps: what `reduce_tap` kept of the outputs of `tapped_modules`.
             inputs: what the encoder was given, pixels apart.
         """
         raise NotImplementedError
@@ -103,7 +107,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
             inputs: what the stock method `get_image_features` or `get_video_features` takes.
         """
         encode = getattr(super(), f"get_{kind}_features")
-        with tap_outputs(self.tapped_modules()) as taps:
+        with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
             outputs = encode(**inputs)
         embeddings = outputs.pooler_output if TRANSFORMERS_5 else outputs
         pixels, *others = self.visual_inputs[kind]
@@ -145,7 +149,8 @@ class PruningModelMixin(GlimpseWeightsMixin):
         request = None
         if encoded and arguments.prune is not False:
             request = self._prune_request(encoded, masks, arguments)
-        if encoded and past_length(past_key_values):
+        has_visuals = bool(encoded)
+        if has_visuals and past_length(past_key_values):
             position_ids = self.turn_positions(
                 input_ids, position_ids, inputs_embeds, past_key_values, encoded, kwargs
             )
@@ -153,6 +158,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
             position_ids = later_positions(pruned, inputs_embeds, kwargs.get("attention_mask"))
         elif request is not None and position_ids is None and not self.positions_from_ids:
             position_ids = prompt_positions(kwargs.get("attention_mask"))
+        del encoded, masks  # a long prefill can use the memory
         outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,
             position_ids=position_ids,
@@ -161,7 +167,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
             prune_request=request,
             **kwargs,
         )
-        if encoded and request is None:
+        if has_visuals and request is None:
             self.note_positions(outputs)
         return outputs
 

@@ -1,7 +1,7 @@
 """Where a prompt's visual tokens are, and what the vision encoder knows of each."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -65,10 +65,16 @@ def whole_images(
 
 
 @contextmanager
-def tap_outputs(modules: list[nn.Module]) -> Iterator[list[torch.Tensor | None]]:
+def tap_outputs(
+    modules: list[nn.Module], reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor | None]]:
     """Collect what each module returns inside the context, in the order given.
 
     Only calls of the thread that opened the context are seen, so threads can share a model.
+
+    Args:
+        modules: the modules to listen to.
+        reduce: what to keep of each output.
     """
     thread = threading.get_ident()
     outputs: list[torch.Tensor | None] = [None] * len(modules)
@@ -76,7 +82,7 @@ def tap_outputs(modules: list[nn.Module]) -> Iterator[list[torch.Tensor | None]]
     def collect(index: int):
         def hook(module, args, output):
             if threading.get_ident() == thread:
-                outputs[index] = output[0] if isinstance(output, tuple) else output
+                outputs[index] = reduce(output[0] if isinstance(output, tuple) else output)
 
         return hook
 

@@ -9,6 +9,7 @@ from conftest import TRANSFORMERS_5, Batch, Models
 from reference import generate_hidden, run_hidden, score_slowly, select_slowly
 from transformers import DynamicCache
 
+from modeling_glimpseprune import decoder_layers
 from modeling_glimpseprune.pruned_cache import PrunedLayer
 
 PROMPTS = {
@@ -237,6 +238,28 @@ def test_greedy_tokens_equal_a_full_rerun(build_models, build_batch, glimpse_lay
     for row, (prompt, mask) in enumerate(zip(batch.rows, batch.split(keep), strict=True)):
         expected = generate_hidden(models.stock, prompt, mask, glimpse_layer, 6)
         assert torch.equal(completion_of(output, batch, row), expected)
+
+
+@torch.no_grad()
+def test_long_prompts_run_in_parts(shared_models, build_batch, monkeypatch):
+    """The MLPs of a long prefill see a few tokens at a time."""
+    models, batch = shared_models(5), build_batch(PROMPTS["ragged_batch"])
+    longest = []
+    for layer in models.pruned.model.language_model.layers:
+        monkeypatch.setattr(layer.mlp, "forward", noting(layer.mlp.forward, longest))
+    monkeypatch.setattr(decoder_layers, "MLP_CHUNK", 7)
+    keep = torch.rand(batch.num_visual, generator=torch.Generator().manual_seed(1)) < 0.5
+    output = generate(models.pruned, batch.inputs, visual_keep_mask=keep)
+    assert max(longest) == 7
+    assert_equals_reference(models, batch, output, batch.split(keep))
+
+
+def noting(forward, sizes: list[int]):
+    def noted(states):
+        sizes.append(states[..., 0].numel())
+        return forward(states)
+
+    return noted
 
 
 @torch.no_grad()

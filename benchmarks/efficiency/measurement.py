@@ -1,0 +1,157 @@
+"""Time, memory and operations of calls, side by side."""
+
+import re
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+STAGES = ("vision", "decoder up to K", "decoder above K", "predictor", "head")
+
+
+def times(
+    calls: dict[str, Callable], repetitions: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turns after one warm-up each.
+
+    Taken in turns, what else goes on on the machine meets all of them alike.
+    """
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            synchronise(device)
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """The median of the ratios of calls that followed one another."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of tensors that operations make while it is on.
+
+    What kernels need inside themselves is not seen. Deterministic, on any device.
+
+    Args:
+        model: its weights and buffers are not counted.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        weights = [*model.parameters(), *model.buffers()]
+        self.known = {weight.untyped_storage()._cdata for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known and storage._cdata not in given:
+                self._add(storage)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def remove() -> None:
+            self.now -= size
+            self.known.discard(key)
+
+        weakref.finalize(storage, remove).atexit = False
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def peak_bytes(call: Callable, model: nn.Module) -> int:
+    """The most memory a call takes beside the weights and its inputs.
+
+    On a GPU what its allocator says; elsewhere `LiveBytes`.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes(model) as live:
+        call()
+    return live.peak
+
+
+def cache_bytes(cache: object) -> int:
+    """Keys and values that a cache holds."""
+    return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+def _flash_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """The CPU's attention kernel, which torch's counter leaves out."""
+    return sdpa_flop_count(query, key, value)
+
+
+CPU_KERNEL = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops}
+
+
+@torch.no_grad()
+def flops_by_stage(call: Callable, glimpse_layer: int) -> dict[str, int]:
+    """Counted operations of a call by stage (`STAGES`), attention without its causal half."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_KERNEL) as counter:
+        call()
+    stages = dict.fromkeys(STAGES, 0)
+    for name, counts in _leaves(counter.get_flop_counts()).items():
+        stages[_stage(name, glimpse_layer)] += sum(counts.values())
+    return stages
+
+
+def _leaves(counts: dict[str, dict]) -> dict[str, dict]:
+    """Counts by module, each module's own alone."""
+    own = {name: dict(of_module) for name, of_module in counts.items() if name != "Global"}
+    for name, of_module in counts.items():
+        parent = name.rpartition(".")[0]
+        while parent and parent not in own:
+            parent = parent.rpartition(".")[0]
+        if parent:
+            for operation, count in of_module.items():
+                own[parent][operation] -= count
+    rest = dict(counts.get("Global", {}))
+    for name, of_module in counts.items():
+        if name != "Global" and "." not in name:
+            for operation, count in of_module.items():
+                rest[operation] = rest.get(operation, 0) - count
+    return own | {"": rest}
+
+
+def _stage(name: str, glimpse_layer: int) -> str:
+    if found := re.search(r"language_model\.layers\.(\d+)", name):
+        layer = int(found[1])
+        below = layer < glimpse_layer or (layer == glimpse_layer and ".mlp" not in name)
+        return "decoder up to K" if below else "decoder above K"
+    if "glimpse" in name:
+        return "predictor"
+    if re.search(r"\.(visual|vision_tower|multi_modal_projector)", name):
+        return "vision"
+    return "head" if name.endswith("lm_head") else "decoder up to K"

@@ -61,6 +61,35 @@ class Predictor:
         return self.layers * one_layer + 2 * tokens * self.hidden * (self.columns + 1)
 
 
+@dataclass(frozen=True)
+class VisionEncoder:
+    """Geometry of Qwen2.5-VL's vision encoder; `merge` patches a side make a visual token.
+
+    Attributes:
+        window: patches that attend to one another, `full` layers excepted.
+        values: numbers of a patch.
+        output: width of the decoder.
+    """
+
+    layers: int
+    full: int
+    hidden: int
+    intermediate: int
+    window: int
+    merge: int
+    values: int
+    output: int
+
+    def cost(self, tokens: int) -> int:
+        """Encoding one image of `tokens` visual tokens whose windows are all full."""
+        patches, merged = tokens * self.merge**2, self.hidden * self.merge**2
+        linear = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        keys = (self.layers - self.full) * self.window + self.full * patches
+        blocks = 2 * patches * linear * self.layers + 4 * patches * keys * self.hidden
+        merger = 2 * tokens * merged * (merged + self.output)
+        return blocks + merger + 2 * patches * self.values * self.hidden
+
+
 def stock_prefill(decoder: Decoder, prompt: int) -> int:
     """The decoder's layers over a prompt of that many tokens."""
     return decoder.layers * decoder.layer(prompt)
@@ -95,6 +124,7 @@ def pruned_after_layer(
 
 QWEN2_5_VL_7B = Decoder(28, 3584, 18944, 28, 4)
 OFFICIAL_PREDICTOR_7B = Predictor(4, 256, 512, 1280, 28)
+QWEN2_5_VL_VISION = VisionEncoder(32, 4, 1280, 3420, 64, 2, 1176, 3584)
 
 
 def main() -> None:
@@ -115,6 +145,8 @@ def main() -> None:
     print(f"pruned inside layer K    {ours / 1e12:8.2f} TFLOP  {ours / stock:.4f} of stock")
     print(f"pruned after layer K     {after / 1e12:8.2f} TFLOP  {after / stock:.4f} of stock")
     print(f"  of which predictor     {predictor.cost(arguments.visual) / stock:.4f} of stock")
+    vision = QWEN2_5_VL_VISION.cost(arguments.visual)
+    print(f"vision encoder           {vision / 1e12:8.2f} TFLOP  {vision / stock:.4f} of stock")
 
 
 if __name__ == "__main__":

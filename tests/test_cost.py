@@ -6,17 +6,26 @@ import pytest
 import torch
 from conftest import TRANSFORMERS_5, build_batch, build_models
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.efficiency.measurement import (
+    CPU_KERNEL,
+    LiveBytes,
+    cache_bytes,
+    flops_by_stage,
+    peak_bytes,
+)
 from benchmarks.prefill_flops import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
     Decoder,
     Predictor,
+    VisionEncoder,
     pruned_after_layer,
     pruned_prefill,
     stock_prefill,
 )
+from modeling_glimpseprune import decoder_layers
 
 TEXT, GRID = [3, 4], (9, 11)  # text tokens before and after an image of 9 x 11 visual tokens
 VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|>
@@ -47,14 +56,6 @@ def batch():
 def run(model, batch, **settings):
     with torch.no_grad():
         return model(**batch.inputs, use_cache=True, logits_to_keep=1, **settings)
-
-
-def flash_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
-    """The CPU's attention kernel, which the counter leaves out, counted as it counts the others."""
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-
-CPU_KERNEL = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops}
 
 
 @torch.no_grad()
@@ -121,6 +122,77 @@ def test_prefill_of_7b_costs_at_most_0675_of_stock():
 def test_without_pruning_nothing_is_added(models, batch):
     unpruned = decoder_flops(models.pruned, batch, prune=False)
     assert unpruned <= 1.001 * decoder_flops(models.stock, batch)
+
+
+def test_formula_of_the_vision_encoder_agrees_with_the_counter(models):
+    vision = models.stock.config.vision_config
+    batch = build_batch([[3, (6, 8), 4]])  # whole windows
+    images = (batch.inputs["pixel_values"], batch.inputs["image_grid_thw"])
+    encoder = VisionEncoder(
+        vision.depth,
+        len(vision.fullatt_block_indexes),
+        vision.hidden_size,
+        vision.intermediate_size,
+        (vision.window_size // vision.patch_size) ** 2,
+        vision.spatial_merge_size,
+        images[0].shape[1],
+        vision.out_hidden_size,
+    )
+    assert count_flops(lambda: models.stock.model.visual(*images)) == encoder.cost(6 * 8)
+
+
+def test_stages_add_up(models, batch):
+    settings = {"prune_threshold": 0.0, "max_keep_ratio": 0.2}
+    stages = flops_by_stage(lambda: run(models.pruned, batch, **settings), glimpse_layer=3)
+    assert sum(stages.values()) == count_flops(lambda: run(models.pruned, batch, **settings))
+    assert stages["head"] == 2 * models.pruned.lm_head.weight.numel()
+    images = (batch.inputs["pixel_values"], batch.inputs["image_grid_thw"])
+    assert stages["vision"] == count_flops(lambda: models.pruned.model.visual(*images))
+    decoder, predictor = geometry(models.pruned)
+    kept, text = int(0.2 * math.prod(GRID)), sum(TEXT) + VISION_TOKENS
+    above = decoder.mlp(text + kept) + 2 * decoder.layer(text + kept)
+    assert stages["decoder above K"] == above
+    assert stages["predictor"] >= predictor.cost(math.prod(GRID))
+
+
+def test_live_bytes_follow_what_lives():
+    with LiveBytes(torch.nn.Linear(2, 2)) as live:
+        first = torch.zeros(1000)
+        second = first + 1
+        view = second.view(10, 100)
+        assert live.now == live.peak == 8000
+        del first, second
+        assert live.now == 4000 and live.peak == 8000
+        view.add_(1)
+        del view
+        assert live.now == 0
+        torch.zeros(3000)
+    assert live.peak == 12000
+
+
+@torch.no_grad()
+def test_memory_of_a_prefill(models, monkeypatch):
+    """A long prefill takes less memory than the stock model's, a short one no more."""
+    batch = build_batch([[3, (24, 24), 4]] * 2)
+    settings = {"prune_threshold": 0.0, "max_keep_ratio": 0.04}
+    stock = peak_bytes(lambda: run(models.stock, batch), models.stock)
+    whole = peak_bytes(lambda: run(models.pruned, batch, **settings), models.pruned)
+    monkeypatch.setattr(decoder_layers, "MLP_CHUNK", 128)
+    parts = peak_bytes(lambda: run(models.pruned, batch, **settings), models.pruned)
+    assert parts < whole <= stock, (parts, whole, stock)
+    assert parts <= 0.75 * stock
+
+
+@torch.no_grad()
+def test_a_cache_holds_kept_tokens_only(models, batch):
+    text_config = models.pruned.config.text_config
+    cache = run(models.pruned, batch, prune_threshold=0.0, max_keep_ratio=0.2).past_key_values
+    tokens = sum(TEXT) + VISION_TOKENS + int(0.2 * math.prod(GRID))
+    size = text_config.hidden_size // text_config.num_attention_heads
+    heads = text_config.num_key_value_heads
+    assert cache_bytes(cache) == 2 * 4 * text_config.num_hidden_layers * tokens * heads * size
+    storages = [part.untyped_storage() for layer in cache.layers for part in (layer.keys,)]
+    assert 2 * sum(storage.nbytes() for storage in storages) == cache_bytes(cache)
 
 
 class WaitCounter(TorchDispatchMode):

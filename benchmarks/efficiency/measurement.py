@@ -11,28 +11,53 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import StoppingCriteria
 
 STAGES = ("vision", "decoder up to K", "decoder above K", "predictor", "head")
 
 
-def times(
-    calls: dict[str, Callable], repetitions: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns after one warm-up each.
+class StepClock(StoppingCriteria):
+    """Notes the time at which each token of a generation is there.
+
+    Attributes:
+        seconds: from the start to the first token, then of each decode step.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: list[float] = []
+        synchronise(device)
+        self.last = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        synchronise(self.device)
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def in_turns(calls: dict[str, Callable], repetitions: int) -> dict[str, list]:
+    """What each call returns, the calls taken in turns after one warm-up each.
 
     Taken in turns, what else goes on on the machine meets all of them alike.
     """
     for call in calls.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    results: dict[str, list] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            results[name].append(call())
+    return results
+
+
+def seconds_of(call: Callable, device: torch.device) -> float:
+    """Seconds that a call takes."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def median_ratio(seconds: list[float], others: list[float]) -> float:
@@ -57,6 +82,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.now = self.peak = 0
+        self.model = model  # its addresses must not be given to others
         weights = [*model.parameters(), *model.buffers()]
         self.known = {weight.untyped_storage()._cdata for weight in weights}
 
@@ -152,6 +178,6 @@ def _stage(name: str, glimpse_layer: int) -> str:
         return "decoder up to K" if below else "decoder above K"
     if "glimpse" in name:
         return "predictor"
-    if re.search(r"\.(visual|vision_tower|multi_modal_projector)", name):
+    if re.search(r"visual|vision|multi_modal_projector", name, re.IGNORECASE):
         return "vision"
     return "head" if name.endswith("lm_head") else "decoder up to K"

@@ -1,0 +1,180 @@
+"""The Markdown page and plots of the efficiency benchmark."""
+
+from pathlib import Path
+
+from benchmarks.prefill_flops import (
+    OFFICIAL_PREDICTOR_7B,
+    QWEN2_5_VL_7B,
+    QWEN2_5_VL_VISION,
+    pruned_prefill,
+    stock_prefill,
+)
+
+RATIOS = {
+    "first token": "time to first token",
+    "first token without vision": "the same less the vision encoder",
+    "unpruned first token": "`prune=False`, time to first token",
+    "decode step": "decode step",
+    "decode step, equal cache": "decode step, against stock over as short a cache",
+    "peak memory": "peak memory above the weights",
+    "decoder operations": "decoder operations of the prefill",
+}
+PLOTTED = ("first token", "decode step", "peak memory", "decoder operations")
+LAW_LAYERS, LAW_RETENTION = (9, 14, 18, 23), (0.03, 0.04, 0.1, 0.25, 0.5)
+PAPER_PROMPT, PAPER_KEPT, TEXT = 5074, 202, 60
+
+
+def write_page(results: dict, page: Path) -> None:
+    """Write the page, and a plot a sweep beside it."""
+    points = results["points"]
+    centre = points[0]
+    sections = [
+        _introduction(results),
+        "## The centre\n\n" + _centre(centre),
+        "## Sweeps\n\n" + _sweeps(points, page),
+        "## Where the time goes\n\n" + _profiles(centre["profiles"]),
+        "## The law of the prefill's cost\n\n" + _law(),
+    ]
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _introduction(results: dict) -> str:
+    machine, settings = results["machine"], results["settings"]
+    described = ", ".join(f"{name}: {value}" for name, value in (machine | settings).items())
+    return f"""# Efficiency
+
+Written by `python -m benchmarks.efficiency --output benchmarks/results --page docs/efficiency.md`.
+Pruned and stock model share weights (random) and attention implementation, run in turns in one
+process, and compute the logits of the last position only. Ratios are pruned over stock, medians of
+ratios of calls that followed one another. Retention is the kept share of the visual tokens after
+layer K, and is forced. Peak memory on a CPU follows the tensors that operations return
+(`LiveBytes`); what kernels need inside themselves is not in it.
+
+{described}."""
+
+
+def _centre(centre: dict) -> str:
+    point = centre["point"]
+    rows = [
+        f"{centre['visual']} visual and {centre['text']} other tokens, {centre['kept']} visual "
+        f"tokens kept, K = {point['glimpse_layer']} of {centre['layers']}, batch "
+        f"{point['batch']}, {point['new_tokens']} new tokens; on average "
+        f"{centre['average visual tokens a layer']:.0f} visual tokens a layer.",
+        "",
+        "| | stock | pruned | ratio |",
+        "|---|---|---|---|",
+    ]
+    first, steps = centre["seconds to the first token"], centre["seconds a decode step"]
+    vision = centre["seconds of the vision encoder"]
+    ratios, peaks = centre["ratios"], centre["peak bytes above the weights"]
+    held = centre["cache bytes after the prefill"]
+    rows.append(_row("seconds to the first token", first, ratios["first token"]))
+    less = {name: first[name] - vision for name in ("stock", "pruned")}
+    rows.append(_row("less the vision encoder", less, ratios["first token without vision"]))
+    if steps:
+        rows.append(_row("milliseconds a decode step", steps, ratios["decode step"], 1e3))
+        against = {"stock": steps["equal cache"], "pruned": steps["pruned"]}
+        equal = ratios["decode step, equal cache"]
+        rows.append(_row("the same, stock over as short a cache", against, equal, 1e3))
+    rows.append(_row("peak MB above the weights", peaks, ratios["peak memory"], 1e-6))
+    rows.append(_row("MB of keys and values", held, held["pruned"] / held["stock"], 1e-6))
+    for stage in centre["operations"]["stock"]:
+        counts = {name: of[stage] for name, of in centre["operations"].items()}
+        ratio = counts["pruned"] / counts["stock"] if counts["stock"] else None
+        rows.append(_row(f"GFLOP, {stage}", counts, ratio, 1e-9))
+    rows.append(f"| decoder operations | | | {ratios['decoder operations']:.3f} |")
+    rows.append(
+        f"| `prune=False`, time to first token | | | {ratios['unpruned first token']:.3f} |"
+    )
+    return "\n".join(rows)
+
+
+def _row(name: str, values: dict, ratio: float | None, unit: float = 1.0) -> str:
+    stock, pruned = (f"{values[each] * unit:.4g}" for each in ("stock", "pruned"))
+    return f"| {name} | {stock} | {pruned} | {'' if ratio is None else f'{ratio:.3f}'} |"
+
+
+def _sweeps(points: list[dict], page: Path) -> str:
+    centre, parts = points[0], []
+    for sweep in dict.fromkeys(each["point"]["sweep"] for each in points[1:]):
+        swept = [each for each in points if each["point"]["sweep"] in (sweep, "centre")]
+        swept.sort(key=lambda each: each["point"][sweep])
+        rows = [f"| {sweep} | " + " | ".join(RATIOS.values()) + " |"]
+        rows.append("|---" * (len(RATIOS) + 1) + "|")
+        for each in swept:
+            values = [each["ratios"].get(name) for name in RATIOS]
+            cells = ["" if value is None else f"{value:.3f}" for value in values]
+            rows.append(f"| {each['point'][sweep]} | " + " | ".join(cells) + " |")
+        plot = _plot(sweep, swept, page)
+        parts.append("\n".join(rows) + f"\n\n![ratios over {sweep}]({plot})")
+    others = {name: value for name, value in centre["point"].items() if name != "sweep"}
+    described = ", ".join(f"{name} {value}" for name, value in others.items())
+    return f"One setting at a time differs from the centre ({described}).\n\n" + "\n\n".join(parts)
+
+
+def _plot(sweep: str, swept: list[dict], page: Path) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3))
+    for name in PLOTTED:
+        found = [each for each in swept if name in each["ratios"]]
+        where = [each["point"][sweep] for each in found]
+        axes.plot(where, [each["ratios"][name] for each in found], marker="o", label=RATIOS[name])
+    axes.axhline(1, color="gray", linewidth=0.5)
+    axes.set(xlabel=sweep.replace("_", " "), ylabel="pruned / stock", ylim=(0, None))
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    name = f"{page.stem}_{sweep}.png"
+    figure.savefig(page.with_name(name), dpi=100)
+    pyplot.close(figure)
+    return name
+
+
+def _profiles(profiles: dict[str, list]) -> str:
+    parts = [
+        "Shares of a call's time by operation (torch's profiler, time in the operation itself)."
+    ]
+    for name, operations in profiles.items():
+        title = name if name.endswith("step") else f"{name} prefill"
+        rows = [f"| {title} | share |", "|---|---|"]
+        rows += [f"| `{operation}` | {share:.3f} |" for operation, share in operations]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _law() -> str:
+    stock = stock_prefill(QWEN2_5_VL_7B, TEXT + PAPER_PROMPT)
+    vision = QWEN2_5_VL_VISION.cost(PAPER_PROMPT)
+    rows = ["| K | " + " | ".join(f"{share:.0%} kept" for share in LAW_RETENTION) + " |"]
+    rows.append("|---" * (len(LAW_RETENTION) + 1) + "|")
+    for layer in LAW_LAYERS:
+        costs = [
+            pruned_prefill(
+                QWEN2_5_VL_7B,
+                OFFICIAL_PREDICTOR_7B,
+                layer,
+                TEXT,
+                PAPER_PROMPT,
+                round(share * PAPER_PROMPT),
+            )
+            for share in LAW_RETENTION
+        ]
+        rows.append(f"| {layer} | " + " | ".join(f"{cost / stock:.3f}" for cost in costs) + " |")
+    paper = pruned_prefill(QWEN2_5_VL_7B, OFFICIAL_PREDICTOR_7B, 18, TEXT, PAPER_PROMPT, PAPER_KEPT)
+    return f"""Counted operations of the decoder's prefill over stock, Qwen2.5-VL-7B (28 layers),
+{PAPER_PROMPT} visual and {TEXT} other tokens, glimpse and predictor included
+(`benchmarks/prefill_flops.py`; the formulas are held to torch's counter by `tests/test_cost.py`):
+
+{chr(10).join(rows)}
+
+Everything up to layer K's attention is paid in full, everything behind it almost only for what is
+kept: the ratio is about (K + the attention's share of a layer) / layers + retention x the rest. At
+the paper's workload ({PAPER_PROMPT} visual tokens, {PAPER_KEPT} kept, K = 18) it is
+{paper / stock:.4f}.
+
+The vision encoder costs {vision / 1e12:.1f} TFLOP for that image, {vision / stock:.2f} of the stock
+decoder's prefill, and pruning in the decoder cannot touch it: with it, the prefill's ratio is
+{(paper + vision) / (stock + vision):.4f}."""

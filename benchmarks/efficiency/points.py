@@ -1,0 +1,228 @@
+"""One point of the benchmark: a workload, measured on the stock and the pruned model in turns."""
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.efficiency.measurement import (
+    StepClock,
+    cache_bytes,
+    flops_by_stage,
+    in_turns,
+    median_ratio,
+    peak_bytes,
+    seconds_of,
+    synchronise,
+)
+from benchmarks.efficiency.workload import Pair, Prompt, build_config, build_pair, build_prompt
+
+PROFILED = 8  # operations listed
+
+
+@dataclass(frozen=True)
+class Centre:
+    """What all points share."""
+
+    geometry: str
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    text_tokens: int
+    repetitions: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One workload.
+
+    Attributes:
+        sweep: the setting that differs from the centre's, or "centre".
+        visual_tokens: of each prompt.
+        retention: kept share of them, forced.
+        batch: prompts.
+        new_tokens: of each answer.
+        glimpse_layer: K.
+    """
+
+    sweep: str
+    visual_tokens: int
+    retention: float
+    batch: int
+    new_tokens: int
+    glimpse_layer: int
+
+
+def points_of(sweeps: dict[str, list]) -> list[Point]:
+    """The centre (the first value of each sweep), and every other value beside it."""
+    centre = Point("centre", **{name: values[0] for name, values in sweeps.items()})
+    points = [centre]
+    for name, values in sweeps.items():
+        points += [replace(centre, sweep=name, **{name: value}) for value in values[1:]]
+    return points
+
+
+def measure_all(centre: Centre, sweeps: dict[str, list]) -> list[dict]:
+    """Measure every point; one line each is printed on the way."""
+    results, pair, layer = [], None, None
+    for point in sorted(points_of(sweeps), key=lambda each: each.glimpse_layer):
+        if point.glimpse_layer != layer:
+            layer = point.glimpse_layer
+            pair = None  # frees the weights of the last
+            config = build_config(centre.geometry, layer)
+            pair = build_pair(config, centre.device, centre.dtype, centre.attention)
+        results.append(measure(centre, point, pair))
+        ratios = {name: round(value, 3) for name, value in results[-1]["ratios"].items()}
+        print(asdict(point), ratios, file=sys.stderr, flush=True)
+    return sorted(results, key=lambda each: each["point"]["sweep"] != "centre")
+
+
+@torch.no_grad()
+def measure(centre: Centre, point: Point, pair: Pair) -> dict:
+    """Everything about one point.
+
+    Ratios are pruned over stock; `equal cache` is the stock model on a prompt with as many visual
+    tokens as the pruned one keeps, `unpruned` ours with `prune=False`.
+    """
+    prompt = _prompt(centre, point, pair, point.visual_tokens)
+    short = _prompt(centre, point, pair, max(1, round(point.retention * prompt.visual)))
+    settings = {"prune_threshold": 0.0, "max_keep_ratio": point.retention}
+    runs = {
+        "stock": lambda tokens, **more: _generate(pair.stock, prompt, tokens, **more),
+        "pruned": lambda tokens, **more: _generate(pair.pruned, prompt, tokens, **settings, **more),
+        "unpruned": lambda tokens, **more: _generate(
+            pair.pruned, prompt, tokens, prune=False, **more
+        ),
+        "equal cache": lambda tokens, **more: _generate(pair.stock, short, tokens, **more),
+    }
+    clocked = in_turns(
+        {name: _clocked(run, point.new_tokens, centre.device) for name, run in runs.items()},
+        centre.repetitions,
+    )
+    first = {name: [clock[0] for clock in clocks] for name, clocks in clocked.items()}
+    steps = {
+        name: [statistics.median(clock[1:]) for clock in clocks if clock[1:]]
+        for name, clocks in clocked.items()
+    }
+    vision = in_turns(
+        {"vision": lambda: seconds_of(lambda: _encode(pair, prompt), centre.device)},
+        centre.repetitions,
+    )["vision"]
+    ratios = {
+        "first token": median_ratio(first["pruned"], first["stock"]),
+        "first token without vision": _without(first["pruned"], vision)
+        / _without(first["stock"], vision),
+        "unpruned first token": median_ratio(first["unpruned"], first["stock"]),
+    }
+    if point.new_tokens > 1:
+        ratios["decode step"] = median_ratio(steps["pruned"], steps["stock"])
+        ratios["decode step, equal cache"] = median_ratio(steps["pruned"], steps["equal cache"])
+    peaks = {
+        name: peak_bytes(_bound(runs[name], point.new_tokens), pair.pruned)
+        for name in ("stock", "pruned")
+    }
+    ratios["peak memory"] = peaks["pruned"] / peaks["stock"]
+    caches = {name: runs[name](1).past_key_values for name in ("stock", "pruned")}
+    held = {name: cache_bytes(cache) for name, cache in caches.items()}
+    flops = {
+        name: flops_by_stage(_bound(runs[name], 1), point.glimpse_layer)
+        for name in ("stock", "pruned")
+    }
+    decoder = {name: sum(of.values()) - of["vision"] for name, of in flops.items()}
+    ratios["decoder operations"] = decoder["pruned"] / decoder["stock"]
+    kept = caches["pruned"].glimpse.kept // point.batch
+    layers = len(pair.pruned.model.language_model.layers)
+    below = point.glimpse_layer + 1
+    result = {
+        "point": asdict(point),
+        "visual": prompt.visual,
+        "kept": kept,
+        "text": prompt.text,
+        "layers": layers,
+        "average visual tokens a layer": (below * prompt.visual + (layers - below) * kept) / layers,
+        "seconds to the first token": _medians(first),
+        "seconds of the vision encoder": statistics.median(vision),
+        "seconds a decode step": _medians(steps),
+        "peak bytes above the weights": peaks,
+        "cache bytes after the prefill": held,
+        "operations": flops,
+        "ratios": ratios,
+    }
+    if point.sweep == "centre":
+        result["profiles"] = {
+            name: profile_of(_bound(runs[name], 1), centre.device) for name in ("stock", "pruned")
+        }
+        result["profiles"]["pruned decode step"] = profile_of(
+            _decoding(pair, prompt, settings), centre.device
+        )
+    return result
+
+
+def profile_of(call: Callable, device: torch.device) -> list[tuple[str, float]]:
+    """The operations that take most of a call's time, with their shares."""
+    activities = [ProfilerActivity.CPU]
+    measure = "self_cpu_time_total"
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        measure = "self_device_time_total"
+    call()
+    with profile(activities=activities) as profiler:
+        call()
+        synchronise(device)
+    events = profiler.key_averages()
+    total = sum(getattr(event, measure) for event in events)
+    events = sorted(events, key=lambda event: getattr(event, measure), reverse=True)
+    return [(event.key, getattr(event, measure) / total) for event in events[:PROFILED]]
+
+
+def _prompt(centre: Centre, point: Point, pair: Pair, visual: int) -> Prompt:
+    return build_prompt(pair.pruned, point.batch, visual, centre.text_tokens, centre.dtype)
+
+
+def _generate(model, prompt: Prompt, tokens: int, **settings):
+    return model.generate(
+        **prompt.inputs,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **settings,
+    )
+
+
+def _encode(pair: Pair, prompt: Prompt) -> None:
+    names = pair.pruned.model.visual_inputs["image"]
+    pair.stock.get_image_features(**{name: prompt.inputs[name] for name in names})
+
+
+def _decoding(pair: Pair, prompt: Prompt, settings: dict) -> Callable:
+    """One step over a cache that grows by a token a call."""
+    output = _generate(pair.pruned, prompt, 1, **settings)
+    cache, token = output.past_key_values, output.sequences[:, -1:]
+    return lambda: pair.pruned(input_ids=token, past_key_values=cache, use_cache=True)
+
+
+def _clocked(run: Callable, tokens: int, device: torch.device) -> Callable[[], list[float]]:
+    """A generation that returns the seconds to its first token and of each step."""
+
+    def call() -> list[float]:
+        clock = StepClock(device)
+        run(tokens, stopping_criteria=[clock])
+        return clock.seconds
+
+    return call
+
+
+def _bound(run: Callable, tokens: int) -> Callable:
+    return lambda: run(tokens)
+
+
+def _without(seconds: list[float], part: list[float]) -> float:
+    return statistics.median(seconds) - statistics.median(part)
+
+
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(each) for name, each in seconds.items() if each}

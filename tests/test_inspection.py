@@ -190,7 +190,16 @@ def test_report(published):
     tiny = json.loads((TINY_MODEL / "config.json").read_text())
     assert policy == (tiny["prune_threshold"], None, 1)
     assert report.base_dtypes == {"BF16": 129} and report.glimpse_dtype == "BF16"
+    assert report.trained
     assert report.commit is None and report.pickles == ()
+
+
+def test_an_untrained_glimpse_is_named(repository, capsys):
+    change_tensors(
+        repository / GLIMPSE, lambda tensors: tensors["model.glimpse.trained"].fill_(False)
+    )
+    assert main(["inspect", str(repository)]) == 0
+    assert "NOT TRAINED: pruning will be refused" in capsys.readouterr().out
 
 
 def test_glimpse_only_repository(published, tmp_path):

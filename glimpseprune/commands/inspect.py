@@ -30,7 +30,8 @@ def describe(report) -> dict[str, str]:
         "glimpse layer K": f"{report.glimpse_layer} of 0..{report.num_layers - 1}",
         "predictor": f"{report.predictor_parameters:,} parameters, "
         f"{report.predictor_bytes / 1e6:.1f} MB",
-        "glimpse weights": f"{report.glimpse_parameters:,} parameters, {report.glimpse_dtype}",
+        "glimpse weights": f"{report.glimpse_parameters:,} parameters, {report.glimpse_dtype}, "
+        + ("trained" if report.trained else "NOT TRAINED: pruning will be refused"),
         "policy": f"prune_threshold {report.prune_threshold}, max_keep_ratio "
         f"{report.max_keep_ratio}, min_keep_tokens {report.min_keep_tokens}",
         "base": base,

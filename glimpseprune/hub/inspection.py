@@ -1,16 +1,18 @@
-"""What a repository is, and whether its weights are sound, without loading a tensor.
+"""What a repository is, and whether its weights are sound, without loading the model.
 
 A folder's shards are read up to their headers; of a repository on the Hub, only its small files and
-those headers are fetched.
+those headers are fetched. One value is read beside them: whether the glimpse was trained.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import HfFileSystem, snapshot_download
@@ -58,6 +60,7 @@ class Report:
         commit: of the repository, where it was fetched.
         base_dtypes: tensors of the base by dtype.
         glimpse_dtype: of the glimpse weights.
+        trained: whether the glimpse weights were trained; others refuse to prune.
         files, weight_bytes: weight files and their data.
         pickles: files that could run code when read; nothing here reads them.
     """
@@ -77,6 +80,7 @@ class Report:
     commit: str | None
     base_dtypes: dict[str, int]
     glimpse_dtype: str
+    trained: bool
     files: int
     weight_bytes: int
     pickles: tuple[str, ...]
@@ -99,7 +103,7 @@ def inspect_repository(source: str | Path, revision: str | None = None) -> Repor
         content = read_json(folder / "config.json")
         family, config = _read_config(content, source)
         _check_code(content, folder)
-        shards = _read_shards(folder, config)
+        shards, open_shard = _read_shards(folder, config), _open_here
     else:
         folder = _fetch_small_files(str(source), revision)
         commit = folder.name
@@ -107,8 +111,10 @@ def inspect_repository(source: str | Path, revision: str | None = None) -> Repor
         family, config = _read_config(content, source)
         _check_code(content, folder)
         shards = _read_remote_shards(folder, str(source), commit, config)
+        open_shard = partial(_open_remote, f"{source}@{commit}")
     _check_tensors(shards, family, config)
-    return _report(family, config, shards, commit, _pickles(folder))
+    trained = _is_trained(shards, open_shard)
+    return _report(family, config, shards, commit, _pickles(folder), trained)
 
 
 def _read_config(content: dict, source: object) -> tuple[Family, PretrainedConfig]:
@@ -171,14 +177,29 @@ def _read_remote_shards(
 
 
 def _read_remote_shard(source: str, commit: str, name: str) -> Shard:
-    path = f"{source}@{commit}/{name}"
-    files = HfFileSystem()
+    place = f"{source}@{commit}"
     try:
-        size = files.info(path)["size"]
-        with files.open(path, "rb", block_size=2**20) as file:
+        size = HfFileSystem().info(f"{place}/{name}")["size"]
+        with _open_remote(place, Path(name)) as file:
             return parse_shard(Path(name), file, size)
     except FileNotFoundError as error:
         raise ConversionError(f"shard {name} is missing from {source}") from error
+
+
+def _open_remote(place: str, path: Path) -> BinaryIO:
+    return HfFileSystem().open(f"{place}/{path.as_posix()}", "rb", block_size=2**20)
+
+
+def _open_here(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _is_trained(shards: list[Shard], open_shard: Callable[[Path], BinaryIO]) -> bool:
+    """The one value that is read: the mark that training leaves."""
+    shard = next(shard for shard in shards if TRAINED_KEY in shard.tensors)
+    with open_shard(shard.path) as file:
+        file.seek(shard.data_start + shard.tensors[TRAINED_KEY]["data_offsets"][0])
+        return file.read(1) == b"\x01"
 
 
 def _check_tensors(shards: list[Shard], family: Family, config: PretrainedConfig) -> None:
@@ -254,6 +275,7 @@ def _report(
     shards: list[Shard],
     commit: str | None,
     pickles: tuple[str, ...],
+    trained: bool,
 ) -> Report:
     found = _own_names(shards, family)
     glimpse = {name: entry for name, entry in found.items() if name.startswith(GLIMPSE_PREFIX)}
@@ -278,6 +300,7 @@ def _report(
             Counter(entry["dtype"] for name, entry in found.items() if name not in glimpse)
         ),
         glimpse_dtype=weights[0]["dtype"],
+        trained=trained,
         files=len(shards),
         weight_bytes=sum(_bytes(entry) for entry in found.values()),
         pickles=pickles,

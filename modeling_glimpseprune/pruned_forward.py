@@ -509,7 +509,7 @@ class PrunedForwardMixin:
             request.max_keep_ratio,
             request.min_keep_tokens,
         )
-        keep |= _corners(tokens.geometry, request.anchor_corners)
+        keep |= corner_tokens(tokens.geometry, request.anchor_corners)
         # The answer's first logits are read at the last prompt token, so it stays.
         return keep | (tokens.columns == prefill.prompt_length - 1)
 
@@ -694,7 +694,7 @@ def _kept_counts(
     return counts, bool(all_real), last_visual
 
 
-def _corners(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
+def corner_tokens(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
     """`(N,)` bool, True at the named corners of each frame."""
     _, row, column, _, height, width = geometry.unbind(1)
     found = torch.zeros_like(row, dtype=torch.bool)

@@ -333,6 +333,7 @@ def test_bfloat16_base_stays_and_the_glimpse_trains_in_float32(base, tmp_path):
 def repeat_images(batch):
     """The same batch as the model takes it without the trainer's help: an image for every row."""
     visuals, index = batch.pop("visuals"), batch.pop("image_index").tolist()
+    del batch["names"]
     pixels = visuals["pixel_values"]
     if "image_grid_thw" in visuals:  # patches of all images in one tensor
         pixels = pixels.split(visuals["image_grid_thw"].prod(1).tolist())

@@ -28,11 +28,12 @@ from glimpseprune.training.base import load_for_training, start_glimpse_as
 from glimpseprune.training.stage1 import last_checkpoint, train_stage1
 from glimpseprune.training.stage1_config import Stage1Recipe, load_recipe
 from glimpseprune.training.stage1_losses import mask_figures
+from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 
 RECIPE = REPOSITORY / "recipes" / "stage1_tiny.yaml"
 OBJECTIVES = {
-    "grounding": {},
     "distillation": {"grounding_weight": 0.0, "distillation_weight": 1.0},
+    "grounding": {},
     "both": {"distillation_weight": 1.0},
 }
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -95,7 +96,7 @@ def stock_base(folder: Path) -> Path:
     if not folder.is_dir():
         model, processor, dtype = load_for_training(str(TINY_MODEL))
         fields = model.config.to_dict()
-        own = {"model_type", "architectures", "auto_map", "transformers_version"}
+        own = {"model_type", "architectures", "auto_map", "transformers_version", *GLIMPSE_FIELDS}
         config = Qwen2_5_VLForConditionalGeneration.config_class(
             **{name: value for name, value in fields.items() if name not in own}
         )
@@ -149,6 +150,7 @@ def recipe_of(name: str, weights: dict, base: Path, arguments: argparse.Namespac
         "max_steps": arguments.steps,
         "per_device_train_batch_size": arguments.images,
         "seed": arguments.seed,
+        "logging_steps": 10,
     }
     fields = {f"training.{field}": value for field, value in training.items()}
     fields |= {

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -515,21 +517,31 @@ def test_repository_reloads_in_a_fresh_process(make_recipe, data, tmp_path):
     assert torch.equal(keep_mask, expected.keep_mask)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(make_recipe, base):
-    """Two processes with two questions each take the step of one process with four.
+def start(recipe, *launcher: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Train by a recipe in processes of their own."""
+    command = [sys.executable, "-m", *launcher, "glimpseprune.cli", *command_line(recipe), *flags]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment)
 
-    Plain gradient descent, as Adam's first step magnifies rounding; and without the answer loss,
-    which is a mean over tokens, of which the processes have different numbers.
-    """
-    step = {"optim": "sgd", "max_steps": 1, "warmup": 0.0, "answer_weight": 0.0}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grounding", "distillation"])
+def test_two_processes_equal_one_with_twice_the_accumulation(make_recipe, base, objective):
+    """The same losses, logged step by step, and the same weights; one process writes."""
+    step = {"optim": "sgd", "max_steps": 3, "warmup": 0.0, "save_steps": 2, "mask_noise": False}
+    step["per_device_train_batch_size"] = 1  # six questions: no step shorter than another
+    if objective == "distillation":
+        step |= {"grounding_weight": 0.0, "distillation_weight": 1.0}
     step = {f"training.{name}": value for name, value in step.items()}
-    alone = make_recipe("alone", **step, **{"training.per_device_train_batch_size": 4})
+    alone = make_recipe("alone", **step, **{"training.gradient_accumulation_steps": 2})
     train_stage1(alone)
     pair = make_recipe("pair", **step)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "glimpseprune.cli", *command_line(pair)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
+    launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "-m")
+    assert start(pair, *launcher).wait(timeout=300) == 0
+    steps = zip(logged_training_steps(alone), logged_training_steps(pair), strict=True)
+    for ours, theirs in steps:
+        for name in ("loss", *(name for name in ours if name.endswith("_loss")), "retention"):
+            assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
     expected, found = weights_of(alone), weights_of(pair)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
@@ -537,3 +549,41 @@ def test_two_processes_equal_one(make_recipe, base):
     fresh = load_for_training(str(base), GLIMPSE)[0].state_dict()
     moved = [(fresh[name] - found[name]).abs().max() for name in fresh if "glimpse.token" in name]
     assert max(moved) > 1e-4
+    for number in (2, 3):
+        files = {file.name for file in (pair.checkpoint_folder / f"checkpoint-{number}").iterdir()}
+        random_states = {"rng_state_0.pth", "rng_state_1.pth"}
+        others = {"optimizer.pt", "scheduler.pt", "trainer_state.json", GLIMPSE_WEIGHTS}
+        assert files == random_states | others
+
+
+def test_only_one_process_writes_weights(base, tmp_path, monkeypatch):
+    model, _, _ = load_for_training(str(base), GLIMPSE)
+    config = Stage1Config(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    trainer = Stage1Trainer(model, config)
+    monkeypatch.setattr(Stage1Config, "should_save", False)
+    trainer._save(str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    trainer._save(str(tmp_path / "main"))
+    assert [file.name for file in (tmp_path / "main").iterdir()] == [GLIMPSE_WEIGHTS]
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_same_weights(make_recipe):
+    """SIGKILL after the second checkpoint, at no chosen point of what follows."""
+    settings = {"training.max_steps": 40, "training.save_steps": 2, "training.save_total_limit": 3}
+    settings |= {"glimpse.glimpse_dropout": 0.1, "training.distillation_weight": 1.0}
+    whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+    train_stage1(whole)
+    process = start(parts)
+    deadline = time.monotonic() + 240
+    while not (parts.checkpoint_folder / "checkpoint-4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    reached = int(last_checkpoint(parts.checkpoint_folder).name.split("-")[1])
+    assert 2 <= reached < 40 and not Path(parts.output).exists()
+    assert start(parts, flags=("--resume",)).wait(timeout=300) == 0
+    expected, found = weights_of(whole), weights_of(parts)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -54,9 +54,9 @@ class Stage1Config(TrainingArguments):
     answer_weight: float = 1.0
     distillation_weight: float = 0.0
     retention_weight: float = 1.0
-    retention_target: float | None = None
-    mask_temperature: float = 1.0
-    final_mask_temperature: float = 0.3
+    retention_target: float | None = 0.1
+    mask_temperature: float = 0.25
+    final_mask_temperature: float = 0.1
     mask_noise: bool = True
     max_answer_tokens: int = 32
     warmup: float = 0.1

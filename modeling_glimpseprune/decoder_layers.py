@@ -24,7 +24,7 @@ def run_layer(
 ) -> torch.Tensor:
     """`(batch, length, hidden)` after a layer; its keys and values go to the cache."""
 
-    def run(states: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def run(states: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> torch.Tensor:
         output = layer(
             states,
             attention_mask=mask,
@@ -35,10 +35,10 @@ def run_layer(
         return output[0] if isinstance(output, tuple) else output
 
     if _checkpoints(layer):
-        return _run_checkpointed(run, layer, states, cache)
+        return _run_checkpointed(run, layer, states, mask, cache)
     if _is_long(states):
         return run_mlp(layer, run_attention(layer, states, mask, rotary, cache))
-    return run(states, cache)
+    return run(states, mask, cache)
 
 
 def run_attention(
@@ -50,12 +50,12 @@ def run_attention(
 ) -> torch.Tensor:
     """The first half of a layer: attention and its residual."""
 
-    def run(states: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def run(states: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> torch.Tensor:
         return run_attention_with_weights(layer, states, mask, rotary, cache)[0]
 
     if _checkpoints(layer):
-        return _run_checkpointed(run, layer, states, cache)
-    return run(states, cache)
+        return _run_checkpointed(run, layer, states, mask, cache)
+    return run(states, mask, cache)
 
 
 def run_attention_with_weights(
@@ -148,25 +148,30 @@ class _HeldStates:
 
 
 def _run_checkpointed(
-    run: Callable, layer: nn.Module, states: torch.Tensor, cache: Cache
+    run: Callable,
+    layer: nn.Module,
+    states: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Cache,
 ) -> torch.Tensor:
     """Run with activations recomputed in the backward pass, keys and values excepted.
 
-    The stock checkpointing of a layer takes its cache away, so the layer's own is switched off.
+    The mask is an argument, as a soft one passes gradients on. The stock checkpointing of a layer
+    takes its cache away, so the layer's own is switched off.
     """
     held = cache.layers[layer.self_attn.layer_idx]
     past = (held.keys, held.values) if held.is_initialized else (None, None)
 
-    def recompute(states, keys, values):
+    def recompute(states, mask, keys, values):
         states_held = _HeldStates(keys, values)
         layer.gradient_checkpointing = False
         try:
-            output = run(states, states_held)
+            output = run(states, mask, states_held)
         finally:
             layer.gradient_checkpointing = True
         return output, states_held.keys, states_held.values
 
-    output, keys, values = layer._gradient_checkpointing_func(recompute, states, *past)
+    output, keys, values = layer._gradient_checkpointing_func(recompute, states, mask, *past)
     if not held.is_initialized:
         held.update(keys[:, :, :0], values[:, :, :0])
     held.keys, held.values = keys, values

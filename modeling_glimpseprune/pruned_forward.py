@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -35,6 +36,10 @@ UNTRAINED = (
     "prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use prune=False"
 )
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+SOFT_ATTENTIONS = ("eager", "sdpa")
+# What a soft mask adds to scores. Both are finite in every dtype, so that a row that sees nothing
+# else is no division by zero, and the lower one stays far below the other.
+DROPPED, UNSEEN = -1e4, -3e4
 
 
 @dataclass
@@ -49,6 +54,8 @@ class PruneRequest:
         anchor_corners: corners whose token is always kept.
         prune_threshold, max_keep_ratio, min_keep_tokens: see `select_visual_tokens`.
         visual_keep_mask: `(N,)` bool given by the caller; no glimpse is taken then.
+        visual_log_keep: `(N,)` a soft mask given by the caller; no glimpse is taken, and every
+            token stays.
         prompt_length: tokens before the completion, or None when all are prompt.
         in_place: keep every token and leave the glimpse token in the sequence, where the
             completion sees it: the forward of stage 1.
@@ -65,10 +72,16 @@ class PruneRequest:
     max_keep_ratio: float | None
     min_keep_tokens: int
     visual_keep_mask: torch.Tensor | None = None
+    visual_log_keep: torch.Tensor | None = None
     prompt_length: int | None = None
     in_place: bool = False
     only_glimpse: bool = False
     compact_output: bool = False
+
+    @property
+    def takes_glimpse(self) -> bool:
+        """Whether the glimpse decides, and not the caller."""
+        return self.visual_keep_mask is None and self.visual_log_keep is None
 
 
 @dataclass
@@ -89,6 +102,7 @@ class _Block:
         next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
         order: `(batch, slots)` prompt position of each slot, once the prompt is compact.
         fixed_slots: slots up to the last visual token, once the prompt is compact.
+        log_keep: `(batch, past slots + tokens)`, what a soft mask adds to the scores of each key.
     """
 
     hidden_states: torch.Tensor
@@ -104,6 +118,7 @@ class _Block:
     next_position: torch.Tensor
     order: torch.Tensor | None = None
     fixed_slots: int = 0
+    log_keep: torch.Tensor | None = None
 
     @property
     def valid(self) -> torch.Tensor:
@@ -155,7 +170,7 @@ class PrunedForwardMixin:
             ValueError: for what cannot be combined with pruning.
         """
         if prune_request is not None:
-            self._check_prunable(attention_mask)
+            self._check_prunable(attention_mask, prune_request)
             outputs = LayerOutputs(
                 len(self.layers),
                 self._wants("output_hidden_states", kwargs),
@@ -201,7 +216,7 @@ class PrunedForwardMixin:
         asked = kwargs.get(output)
         return bool(getattr(self.config, output) if asked is None else asked)
 
-    def _check_prunable(self, attention_mask: torch.Tensor | None) -> None:
+    def _check_prunable(self, attention_mask: torch.Tensor | None, request: PruneRequest) -> None:
         if not (attention_mask is None or _is_2d(attention_mask)):
             raise ValueError(
                 "pruning takes a 2-D attention mask (batch, length) and a DynamicCache; static "
@@ -209,6 +224,12 @@ class PrunedForwardMixin:
             )
         if "sliding_attention" in (getattr(self.config, "layer_types", None) or []):
             raise ValueError("sliding-window layers cannot be pruned; use prune=False")
+        attention = self.config._attn_implementation
+        if request.visual_log_keep is not None and attention not in SOFT_ATTENTIONS:
+            raise ValueError(
+                f"visual_log_keep needs attn_implementation {' or '.join(SOFT_ATTENTIONS)}, which "
+                f"take a mask of numbers; got {attention}"
+            )
 
     def _forward_pruned(
         self,
@@ -243,12 +264,13 @@ class PrunedForwardMixin:
         prefill = self._start(slice(ahead, end), *arguments, request)
         states.append(self._run_prefill(prefill, cache, request, outputs))
         if end < length and not request.only_glimpse:
-            states.append(self._run_block(slice(end, length), *arguments, request, outputs))
+            rest = slice(end, length)
+            states.append(self._run_block(rest, *arguments, request, outputs, prefill.log_keep))
         last_hidden_state = torch.cat(states, dim=1)
         finished = not request.only_glimpse
         return BaseModelOutputWithPast(
             last_hidden_state=last_hidden_state,
-            past_key_values=cache if use_cache else None,
+            past_key_values=cache if use_cache and request.visual_log_keep is None else None,
             hidden_states=outputs.hidden_states(last_hidden_state) if finished else None,
             attentions=outputs.attentions() if finished else None,
         )
@@ -273,11 +295,18 @@ class PrunedForwardMixin:
         prompt_length: int,
         request: PruneRequest,
         outputs: LayerOutputs,
+        past_log_keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run tokens without a glimpse over the cache: `(batch, tokens, hidden)` after the norm."""
+        """Run tokens without a glimpse over the cache: `(batch, tokens, hidden)` after the norm.
+
+        Args:
+            past_log_keep: `(batch, past slots)`, see `_Block`.
+        """
         block = self._start(
             part, inputs_embeds, attention_mask, position_ids, cache, prompt_length, None
         )
+        if past_log_keep is not None:
+            block.log_keep = pad(past_log_keep, (0, block.length))
         self._run_layers(0, block, cache, request, outputs)
         return self.norm(block.hidden_states)
 
@@ -312,7 +341,7 @@ class PrunedForwardMixin:
             mask = mask[:, past.dropped :].to(inputs_embeds.device, torch.bool)
         past_slots = past.physical_length
         vectors = None
-        if request is not None and request.visual_keep_mask is None and request.glimpse.token:
+        if request is not None and request.takes_glimpse and request.glimpse.token:
             vectors = request.glimpse.token(0).to(inputs_embeds)
         count = 0 if vectors is None else len(vectors)
         if vectors is not None:
@@ -350,6 +379,8 @@ class PrunedForwardMixin:
         layer = self.layers[request.glimpse_layer]
         if not request.in_place:
             self._compact(self._prompt_mask(keep, prefill, request), prefill, cache, request)
+        if request.visual_log_keep is not None:
+            self._soften(prefill, request)
         prefill.hidden_states = run_mlp(layer, prefill.hidden_states)
         self._run_layers(request.glimpse_layer + 1, prefill, cache, request, outputs)
         hidden_states = self.norm(prefill.hidden_states)
@@ -377,7 +408,7 @@ class PrunedForwardMixin:
             query_states = prefill.hidden_states[:, query]
             run = run_attention if index == last_layer else run_layer
             self._step(run, index, prefill, mask, rotary, cache, outputs)
-            if request.visual_keep_mask is None and index in request.glimpse.attention_layers:
+            if request.takes_glimpse and index in request.glimpse.attention_layers:
                 query_rotary = tuple(_plain(part)[:, query] for part in rotary)
                 layer_keys = cache.layers[index].keys[:, :, :keys]
                 logits[index] = query_logits(layer, query_states, layer_keys, query_rotary)
@@ -443,6 +474,8 @@ class PrunedForwardMixin:
         tokens, importance = request.tokens, None
         if request.visual_keep_mask is not None:
             keep = request.visual_keep_mask.to(tokens.rows.device)
+        elif request.visual_log_keep is not None:
+            keep = torch.ones_like(tokens.rows, dtype=torch.bool)
         else:
             importance = request.glimpse(
                 attention,
@@ -476,7 +509,7 @@ class PrunedForwardMixin:
             request.max_keep_ratio,
             request.min_keep_tokens,
         )
-        keep |= _corners(tokens.geometry, request.anchor_corners)
+        keep |= corner_tokens(tokens.geometry, request.anchor_corners)
         # The answer's first logits are read at the last prompt token, so it stays.
         return keep | (tokens.columns == prefill.prompt_length - 1)
 
@@ -515,6 +548,15 @@ class PrunedForwardMixin:
             past_mask = prefill.mask[:, :past_slots]
         prefill.mask = torch.cat([past_mask, real], dim=1)
 
+    def _soften(self, prefill: _Block, request: PruneRequest) -> None:
+        """Weigh the keys of a prompt of which every token stayed, from here on."""
+        tokens, states = request.tokens, prefill.hidden_states
+        given = request.visual_log_keep.to(tokens.rows.device).clamp(min=DROPPED)
+        of_prompt = given.new_zeros(len(states), prefill.length)
+        of_prompt = of_prompt.index_put((tokens.rows, tokens.columns), given)
+        of_slots = of_prompt.gather(1, prefill.order)
+        prefill.log_keep = pad(of_slots, (prefill.past_slots, 0)).to(states.device)
+
     def _run_layers(
         self,
         first: int,
@@ -526,7 +568,8 @@ class PrunedForwardMixin:
         if first == len(self.layers):
             return
         mask, rotary = self._mask_and_rotary(block, cache, first)
-        for index in range(first, len(self.layers)):
+        stop = request.glimpse_layer + 1 if request.only_glimpse else len(self.layers)
+        for index in range(first, stop):
             if request.in_place:
                 self._add_glimpse_vectors(index, block, request)
             self._step(run_layer, index, block, mask, rotary, cache, outputs)
@@ -552,9 +595,14 @@ class PrunedForwardMixin:
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
         """Attention mask and rotary embeddings for the layers from `first_layer` on.
 
+        With a soft mask it is float, `(batch, 1, tokens, slots)`.
+
         The mask functions ask the cache's first layer how much it holds. Layers above K hold less
         than those below, so they are shown a cache that begins with `first_layer`.
         """
+        rotary = self.rotary_emb(block.hidden_states, block.position_ids)
+        if block.log_keep is not None:
+            return _soft_mask(block).to(block.hidden_states.dtype), rotary
         remaining = DynamicCache()
         remaining.layers = cache.layers[first_layer:]
         mask = block.mask
@@ -574,7 +622,18 @@ class PrunedForwardMixin:
             causal_mask = create_causal_mask(
                 input_embeds=states, cache_position=positions, **arguments
             )
-        return causal_mask, self.rotary_emb(states, block.position_ids)
+        return causal_mask, rotary
+
+
+def _soft_mask(block: _Block) -> torch.Tensor:
+    """`(batch, 1, tokens, slots)` float: `log_keep` of the keys that a token may see."""
+    batch, slots = block.log_keep.shape
+    place = torch.arange(slots, device=block.log_keep.device)
+    seen = place <= place[block.past_slots :, None]  # (tokens, slots)
+    if block.mask is not None:
+        seen = seen & block.mask[:, None].to(seen.device)
+    seen = seen.expand(batch, -1, -1)
+    return torch.where(seen, block.log_keep[:, None], UNSEEN)[:, None]
 
 
 def _is_2d(attention_mask: object) -> bool:
@@ -626,7 +685,7 @@ def _kept_counts(
     last_visual = request.tokens.columns.max().view(1).to(keep.device)
     known = torch.cat([keep.sum(1), trained, all_real, ends_real, last_visual])
     *counts, trained, all_real, ends_real, last_visual = known.tolist()
-    if not trained and request.visual_keep_mask is None:
+    if not trained and request.takes_glimpse:
         raise ValueError(UNTRAINED)
     if not ends_real:
         raise ValueError(
@@ -636,7 +695,7 @@ def _kept_counts(
     return counts, bool(all_real), last_visual
 
 
-def _corners(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
+def corner_tokens(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
     """`(N,)` bool, True at the named corners of each frame."""
     _, row, column, _, height, width = geometry.unbind(1)
     found = torch.zeros_like(row, dtype=torch.bool)

@@ -7,7 +7,7 @@ from functools import wraps
 
 import torch
 
-OF_BACKBONES = ("only_glimpse", "compact_output")
+HIDDEN = ("only_glimpse", "compact_output", "visual_log_keep")  # not for `generate`
 
 
 @dataclass
@@ -19,6 +19,12 @@ class PruningArguments:
         prune_threshold, max_keep_ratio, min_keep_tokens: override the configuration for one call.
         visual_keep_mask: `(num_visual_tokens,)` bool over the batch in prompt order, the caller's
             own choice; no glimpse is taken.
+        visual_log_keep: `(num_visual_tokens,)` float, at most 0: a soft mask for training, not for
+            `generate`. Every token stays, and the logarithm of its probability to be kept is added
+            to the scores of attention to it wherever a dropped token would not be seen: from the
+            prompt in layers above K, from the completion in every layer. At 0 and -inf it equals
+            the hard mask. Differentiable; no glimpse is taken and no cache returned; for eager and
+            sdpa attention.
         prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
             one block over the pruned cache, as when decoding. Default of the whole model: where
             `labels` begin; else, with `logits_to_keep=n`, all but the last n - 1 tokens are prompt,
@@ -35,6 +41,7 @@ class PruningArguments:
     max_keep_ratio: float | None = None
     min_keep_tokens: int | None = None
     visual_keep_mask: torch.Tensor | None = None
+    visual_log_keep: torch.Tensor | None = None
     prompt_length: int | None = None
     in_place: bool = False
     only_glimpse: bool = False
@@ -55,7 +62,7 @@ def show_pruning_arguments(stock: Callable) -> Callable:
     Args:
         stock: the stock class's `forward`, whose arguments are passed on.
     """
-    ours = [field for field in fields(PruningArguments) if field.name not in OF_BACKBONES]
+    ours = [field for field in fields(PruningArguments) if field.name not in HIDDEN]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     return show_arguments(
         stock, *(inspect.Parameter(each.name, keyword_only, default=each.default) for each in ours)

@@ -310,6 +310,8 @@ class PruningModelMixin(GlimpseWeightsMixin):
         tokens = collect_visual_tokens(encoded, masks)
         if arguments.visual_keep_mask is not None:
             validate_keep_mask(arguments.visual_keep_mask, tokens.total)
+        if arguments.visual_log_keep is not None:
+            validate_log_keep(arguments, tokens.total)
         return PruneRequest(
             glimpse=self.glimpse,
             tokens=tokens,
@@ -317,6 +319,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
             predictor_window=self.predictor_window if config.predictor_windowed else None,
             anchor_corners=config.anchor_corners,
             visual_keep_mask=arguments.visual_keep_mask,
+            visual_log_keep=arguments.visual_log_keep,
             prompt_length=arguments.prompt_length,
             in_place=arguments.in_place,
             only_glimpse=arguments.only_glimpse,
@@ -539,6 +542,27 @@ def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -
             f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
             f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
         )
+
+
+def validate_log_keep(arguments: PruningArguments, num_visual_tokens: int) -> None:
+    """Check a caller's soft mask, whose values are not looked at.
+
+    Raises:
+        ValueError: unless it is a float tensor of shape `(num_visual_tokens,)` and alone.
+    """
+    log_keep = arguments.visual_log_keep
+    if not isinstance(log_keep, torch.Tensor) or not log_keep.is_floating_point():
+        found = getattr(log_keep, "dtype", type(log_keep).__name__)
+        raise ValueError(f"visual_log_keep must be a float tensor, got {found}")
+    if log_keep.shape != (num_visual_tokens,):
+        raise ValueError(
+            f"visual_log_keep must have shape ({num_visual_tokens},), one entry a visual token of "
+            f"the batch in prompt order, got {tuple(log_keep.shape)}"
+        )
+    for name in ("visual_keep_mask", "in_place", "only_glimpse"):
+        given = getattr(arguments, name)
+        if given is not None and given is not False:
+            raise ValueError(f"visual_log_keep cannot be combined with {name}")
 
 
 def prompt_positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

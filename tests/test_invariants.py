@@ -632,6 +632,36 @@ def test_training_forward_repeats_the_scores(shared_models, build_batch, name, b
         assert_near(outputs.loss, torch.cat(losses).mean())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_training_forward_repeats_rollouts(build_models, build_batch, sampled, checkpointing):
+    """As in reinforcement learning: a rollout's own mask, its scores, and a forward that trains."""
+    model, batch = build_models(10).pruned, build_batch(PROMPTS["ragged_batch"])
+    with torch.no_grad():
+        importance = model.glimpse(**batch.inputs).importance
+        settings = {"prune_threshold": threshold_that_keeps(importance, 0.4), "output_scores": True}
+        torch.manual_seed(1)
+        output = generate(model, batch.inputs, do_sample=sampled, top_k=0, **settings)
+    lengths = [6, 3, 5][: len(batch.rows)]
+    inputs = training_inputs(batch, output, lengths)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mask = output.past_key_values.glimpse.keep_mask
+    assert 0 < mask.sum() < len(mask)
+    logits = model(**inputs, visual_keep_mask=mask).logits
+    suppressed = model.generation_config.suppress_tokens
+    logits = logits.index_fill(-1, torch.tensor(suppressed), float("-inf"))
+    for row, length in enumerate(lengths):
+        tokens = completion_of(output, batch, row)[:length, None]
+        found = logits[row, -max(lengths) - 1 :][:length].log_softmax(-1).gather(1, tokens)
+        scores = torch.stack(output.scores)[:length, row]
+        assert_near(found, scores.log_softmax(-1).gather(1, tokens))
+    found.sum().backward()
+    for name, gradient in gradients_of(model).items():
+        assert gradient is None or gradient.isfinite().all(), name
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
 def test_scoring_in_place_leaves_the_prompt_alone(shared_models, build_batch, name):

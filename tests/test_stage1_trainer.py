@@ -3,24 +3,23 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from stage1_data import GLIMPSE, collate, command_line, recipe_of, write_base, write_data
 from transformers import (
     DynamicCache,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     set_seed,
 )
 
-from glimpseprune.data.visual_cot import read_visual_cot
-from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5, VisualCoTCollator
+from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5
 from glimpseprune.hub.folders import vacant_sibling
 from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
@@ -35,12 +34,6 @@ from modeling_glimpseprune.configuration_glimpseprune import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-GLIMPSE = {
-    "glimpse_layer": 1,
-    "predictor_hidden_size": 16,
-    "predictor_condition_size": 16,
-    "predictor_num_heads": 2,
-}
 RELOAD = """
 import sys, torch, transformers
 folder, auto_class, inputs = sys.argv[1:]
@@ -62,75 +55,20 @@ def no_mixed_precision(monkeypatch):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a tiny stock model and its processor."""
-    folder = tmp_path_factory.mktemp("base")
-    processor = build_processor()
-    ids = processor.tokenizer.convert_tokens_to_ids
-    text = dict(
-        vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=64,
-        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, rope_theta=10_000.0,
-        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
-    )  # fmt: skip
-    vision = dict(
-        depth=2, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32,
-        window_size=56, fullatt_block_indexes=[1],
-    )  # fmt: skip
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"), vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    for name, weight in model.named_parameters():
-        if weight.ndim > 1 and "embed_tokens" not in name:
-            torch.nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A JSON-lines file with six questions about three images of 4 x 3, 3 x 2 and 2 x 2 tokens."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    lines = []
-    for name, columns, rows in (("a", 4, 3), ("b", 3, 2), ("c", 2, 2)):
-        width, height = 28 * columns, 28 * rows
-        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-        for number, answer in enumerate(("7", "4135")):
-            box = [28 * number, 0, 28 * number + 28, 28]
-            lines.append(
-                {"question": f"What is the value of {name}{number}?" + " now" * number,
-                 "answer": answer, "image": f"{name}.png", "bboxs": [box], "dataset": "test",
-                 "width": width, "height": height}
-            )  # fmt: skip
-    path = folder / "train.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def make_recipe(base, data, tmp_path):
     def make(output="trained", **overrides):
-        fields = {"base": str(base), "data": str(data), "output": str(tmp_path / output)}
-        training = {
-            "bf16": False, "learning_rate": 0.01, "per_device_train_batch_size": 2, "max_steps": 4,
-            "logging_steps": 1, "save_steps": 100, "disable_tqdm": True, "seed": 3, "use_cpu": True,
-        }  # fmt: skip
-        training = {f"training.{name}": value for name, value in training.items()}
-        glimpse = {f"glimpse.{name}": value for name, value in GLIMPSE.items()}
-        return load_recipe(None, fields | training | glimpse | overrides)
+        return recipe_of(base, data, tmp_path / output, **overrides)
 
     return make
-
-
-def collate(data, processor, rows):
-    questions = read_visual_cot(data)
-    return VisualCoTCollator(processor)([[questions[row] for row in rows]])
 
 
 def weights_of(recipe):
@@ -221,6 +159,12 @@ def test_recipe_file_and_overrides(tmp_path):
         ({"training.learn": 1}, "unknown field training.learn"),
         ({"training.output_dir": "x"}, "unknown field training.output_dir"),
         ({"training.bce_weight": -1}, "bce_weight must not be negative, got -1"),
+        ({"training.distillation_weight": -1}, "distillation_weight must not be negative, got -1"),
+        ({"training.grounding_weight": math.nan}, "grounding_weight must not be negative, got nan"),
+        ({"training.grounding_weight": 0}, "there is no objective"),
+        ({"training.retention_target": 0}, r"retention_target must lie in \(0, 1\], got 0"),
+        ({"training.final_mask_temperature": 0}, "final_mask_temperature must be positive, got 0"),
+        ({"training.max_answer_tokens": 0}, "max_answer_tokens must be 1 or more, got 0"),
         ({"training.warmup": 1.5}, r"warmup must lie in \[0, 1\], got 1.5"),
         ({"glimpse.layer": 1}, "glimpse: unknown field layer"),
         ({"glimpse.glimpse_layer": 9}, "glimpse_layer must be one of .* got 9"),
@@ -260,12 +204,14 @@ def test_official_recipes(name, num_layers, expected):
     assert config.glimpse_embedding_layers == list(range(num_layers))
 
 
-def test_official_llava_recipe():
+@pytest.mark.parametrize(("size", "glimpse_layer"), [("7b", 21), ("13b", 26)])
+def test_official_llava_recipes(size, glimpse_layer):
     given = {"data": "d", "output": "o", "training.bf16": False}
-    recipe = load_recipe(REPOSITORY / "recipes" / "stage1_llava_1_5_7b.yaml", given)
+    recipe = load_recipe(REPOSITORY / "recipes" / f"stage1_llava_1_5_{size}.yaml", given)
+    assert recipe.base == f"llava-hf/llava-1.5-{size}-hf"
     training, config = recipe.training_config(), GlimpsePruneLlavaConfig(**recipe.glimpse)
     assert (training.learning_rate, training.per_device_train_batch_size) == (1e-4, 8)
-    assert (config.glimpse_layer, config.attention_scores) == (21, "log_probabilities")
+    assert (config.glimpse_layer, config.attention_scores) == (glimpse_layer, "log_probabilities")
     assert (config.vision_layers, recipe.max_questions) == ([23, 17, 11, 5], 20_000)
 
 
@@ -333,6 +279,7 @@ def test_bfloat16_base_stays_and_the_glimpse_trains_in_float32(base, tmp_path):
 def repeat_images(batch):
     """The same batch as the model takes it without the trainer's help: an image for every row."""
     visuals, index = batch.pop("visuals"), batch.pop("image_index").tolist()
+    del batch["names"]
     pixels = visuals["pixel_values"]
     if "image_grid_thw" in visuals:  # patches of all images in one tensor
         pixels = pixels.split(visuals["image_grid_thw"].prod(1).tolist())
@@ -570,25 +517,31 @@ def test_repository_reloads_in_a_fresh_process(make_recipe, data, tmp_path):
     assert torch.equal(keep_mask, expected.keep_mask)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(make_recipe, base):
-    """Two processes with two questions each take the step of one process with four.
+def start(recipe, *launcher: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Train by a recipe in processes of their own."""
+    command = [sys.executable, "-m", *launcher, "glimpseprune.cli", *command_line(recipe), *flags]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment)
 
-    Plain gradient descent, as Adam's first step magnifies rounding; and without the answer loss,
-    which is a mean over tokens, of which the processes have different numbers.
-    """
-    step = {"optim": "sgd", "max_steps": 1, "warmup": 0.0, "answer_weight": 0.0}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grounding", "distillation"])
+def test_two_processes_equal_one_with_twice_the_accumulation(make_recipe, base, objective):
+    """The same losses, logged step by step, and the same weights; one process writes."""
+    step = {"optim": "sgd", "max_steps": 3, "warmup": 0.0, "save_steps": 2, "mask_noise": False}
+    step["per_device_train_batch_size"] = 1  # six questions: no step shorter than another
+    if objective == "distillation":
+        step |= {"grounding_weight": 0.0, "distillation_weight": 1.0}
     step = {f"training.{name}": value for name, value in step.items()}
-    alone = make_recipe("alone", **step, **{"training.per_device_train_batch_size": 4})
+    alone = make_recipe("alone", **step, **{"training.gradient_accumulation_steps": 2})
     train_stage1(alone)
     pair = make_recipe("pair", **step)
-    settings = {name: getattr(pair, name) for name in ("base", "data", "output")}
-    settings |= {f"training.{name}": value for name, value in pair.training.items()}
-    settings |= {f"glimpse.{name}": value for name, value in pair.glimpse.items()}
-    flags = [flag for name in settings for flag in ("--set", f"{name}={settings[name]}")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "glimpseprune.cli", "train-stage1", *flags]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
+    launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "-m")
+    assert start(pair, *launcher).wait(timeout=300) == 0
+    steps = zip(logged_training_steps(alone), logged_training_steps(pair), strict=True)
+    for ours, theirs in steps:
+        for name in ("loss", *(name for name in ours if name.endswith("_loss")), "retention"):
+            assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
     expected, found = weights_of(alone), weights_of(pair)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
@@ -596,3 +549,41 @@ def test_two_processes_equal_one(make_recipe, base):
     fresh = load_for_training(str(base), GLIMPSE)[0].state_dict()
     moved = [(fresh[name] - found[name]).abs().max() for name in fresh if "glimpse.token" in name]
     assert max(moved) > 1e-4
+    for number in (2, 3):
+        files = {file.name for file in (pair.checkpoint_folder / f"checkpoint-{number}").iterdir()}
+        random_states = {"rng_state_0.pth", "rng_state_1.pth"}
+        others = {"optimizer.pt", "scheduler.pt", "trainer_state.json", GLIMPSE_WEIGHTS}
+        assert files == random_states | others
+
+
+def test_only_one_process_writes_weights(base, tmp_path, monkeypatch):
+    model, _, _ = load_for_training(str(base), GLIMPSE)
+    config = Stage1Config(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    trainer = Stage1Trainer(model, config)
+    monkeypatch.setattr(Stage1Config, "should_save", False)
+    trainer._save(str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    trainer._save(str(tmp_path / "main"))
+    assert [file.name for file in (tmp_path / "main").iterdir()] == [GLIMPSE_WEIGHTS]
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_same_weights(make_recipe):
+    """SIGKILL after the second checkpoint, at no chosen point of what follows."""
+    settings = {"training.max_steps": 40, "training.save_steps": 2, "training.save_total_limit": 3}
+    settings |= {"glimpse.glimpse_dropout": 0.1, "training.distillation_weight": 1.0}
+    whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+    train_stage1(whole)
+    process = start(parts)
+    deadline = time.monotonic() + 240
+    while not (parts.checkpoint_folder / "checkpoint-4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    reached = int(last_checkpoint(parts.checkpoint_folder).name.split("-")[1])
+    assert 2 <= reached < 40 and not Path(parts.output).exists()
+    assert start(parts, flags=("--resume",)).wait(timeout=300) == 0
+    expected, found = weights_of(whole), weights_of(parts)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -156,6 +156,21 @@ def test_rows_without_boxes_are_skipped_on_request(folder):
     assert len(read_visual_cot(path, skip_rows_without_boxes=True)) == 1
 
 
+def test_boxes_and_answers_may_be_left_out_on_request(folder):
+    bare = {name: value for name, value in ROW.items() if name not in ("answer", "bboxs")}
+    path = write_lines(folder, bare, ROW | {"answer": "", "bboxs": []}, ROW | {"answer": None}, ROW)
+    rows = read_visual_cot(path, need_boxes=False, need_answers=False)
+    assert [row.answer for row in rows] == [None, None, None, ROW["answer"]]
+    assert [len(row.boxes) for row in rows] == [0, 0, 1, 1]
+    with pytest.raises(VisualCoTError, match="line 1: missing answer"):
+        read_visual_cot(path, need_boxes=False)
+    with pytest.raises(VisualCoTError, match="line 1: missing bboxs"):
+        read_visual_cot(path, need_answers=False)
+    with pytest.raises(VisualCoTError, match="line 1: answer must be a string, got 7"):
+        wrong = write_lines(folder, ROW | {"answer": 7})
+        read_visual_cot(wrong, need_answers=False)
+
+
 def test_groups_share_an_image(folder):
     rows = [
         make_row(folder, name, question=str(number))

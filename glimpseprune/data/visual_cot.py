@@ -29,12 +29,13 @@ class VisualCoTRow:
 
     Attributes:
         image: path of the image file.
+        answer: None where there is none.
         boxes: where the evidence is, `(x0, y0, x1, y1)` in pixels of a `width` x `height` image.
         dataset: name of the data set that the question comes from.
     """
 
     question: str
-    answer: str
+    answer: str | None
     image: Path
     boxes: tuple[Box, ...]
     width: int
@@ -72,6 +73,8 @@ def read_visual_cot(
     path: str | Path,
     image_folder: str | Path | None = None,
     skip_rows_without_boxes: bool = False,
+    need_boxes: bool = True,
+    need_answers: bool = True,
 ) -> list[VisualCoTRow]:
     """Read a JSON-lines file and check every line of it.
 
@@ -79,6 +82,8 @@ def read_visual_cot(
         path: the file; empty lines are skipped.
         image_folder: folder that image paths are relative to; default: the file's own.
         skip_rows_without_boxes: leave out questions without evidence instead of refusing them.
+        need_boxes: False takes lines without boxes, or without the field.
+        need_answers: False takes lines whose answer is empty or null, or without the field.
 
     Returns:
         The questions in the order of the file.
@@ -92,15 +97,18 @@ def read_visual_cot(
     path = Path(path)
     folder = path.parent if image_folder is None else Path(image_folder)
     rows, known_images = [], set()
+    optional = {"bboxs": []} if not need_boxes else {}
+    if not need_answers:
+        optional["answer"] = None
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = _parse_row(line, folder)
+                row = _parse_row(line, folder, optional)
                 if not row.boxes and skip_rows_without_boxes:
                     continue
-                _check_row(row, known_images)
+                _check_row(row, known_images, need_boxes)
             except ValueError as error:
                 raise VisualCoTError(f"{path}, line {number}: {error}") from error
             rows.append(row)
@@ -153,17 +161,23 @@ def _group_by_image(
     ]
 
 
-def _parse_row(line: str, folder: Path) -> VisualCoTRow:
+def _parse_row(line: str, folder: Path, optional: dict[str, object]) -> VisualCoTRow:
+    """Read a line; fields in `optional` may be left out."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"not a JSON object but a {type(fields).__name__}")
+    fields = optional | fields
     missing = [name for name in FIELDS if name not in fields]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
+    if "answer" in optional and not fields["answer"]:
+        fields["answer"] = None
     for name in ("question", "answer", "image", "dataset"):
+        if name == "answer" and fields[name] is None and name in optional:
+            continue
         if not isinstance(fields[name], str):
             raise ValueError(f"{name} must be a string, got {fields[name]!r}")
     width, height = (_side(name, fields[name]) for name in ("width", "height"))
@@ -201,8 +215,8 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_row(row: VisualCoTRow, known_images: set[Path]) -> None:
-    if not row.boxes:
+def _check_row(row: VisualCoTRow, known_images: set[Path], need_boxes: bool) -> None:
+    if need_boxes and not row.boxes:
         raise ValueError(
             "bboxs is empty: without evidence there is nothing to learn from "
             "(skip_rows_without_boxes leaves such rows out)"

@@ -25,7 +25,8 @@ class VisualCoTCollator:
     """Turns groups of questions into a batch.
 
     A row is the chat template's prompt (image, then question) and the answer with the tokenizer's
-    end-of-sequence token. An image that several rows ask about is processed once.
+    end-of-sequence token; a row without an answer has an empty completion. An image that several
+    rows ask about is processed once.
 
     Args:
         processor: a GlimpsePrune processor.
@@ -42,7 +43,8 @@ class VisualCoTCollator:
     - `image_grid_thw`: `(B, 3)`, the patch grid of each row's image (Qwen2.5-VL only);
     - `image_index`: `(B,)`, which of the U images each row shows;
     - `evidence_mask`: `(N,)` bool, visual tokens in prompt order, row after row;
-    - `prompt_length`: P.
+    - `prompt_length`: P;
+    - `names`: for each row its image and question, for messages.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class VisualCoTCollator:
             "image_index": torch.tensor(index),
             "evidence_mask": torch.cat(evidence),
             "prompt_length": max(map(len, prompts)),
+            "names": [f"{row.image}: {row.question!r}" for row in rows],
         }
 
     def _evidence(self, row: VisualCoTRow, layout: ImageLayout) -> torch.Tensor:
@@ -107,6 +110,8 @@ class VisualCoTCollator:
         return [*ids[:place], *[self.image_token_id] * num_placeholders, *ids[place + 1 :]]
 
     def _completion(self, row: VisualCoTRow) -> list[int]:
+        if row.answer is None:
+            return []
         text = row.answer + self.tokenizer.eos_token
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -128,6 +133,22 @@ class VisualCoTCollator:
         if TRANSFORMERS_5 and isinstance(self.processor, Qwen2_5_VLProcessor):
             inputs["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
         return inputs
+
+
+def repeat_visuals(
+    visuals: dict[str, torch.Tensor], index: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What the vision encoder takes of a batch's different images, once for every row.
+
+    Args:
+        visuals, index: `visuals` and `image_index` of a batch.
+    """
+    pixels, grids = visuals["pixel_values"], visuals.get("image_grid_thw")
+    if grids is None:
+        return {name: visuals[name][index] for name in visuals}
+    of_images = pixels.split(grids.prod(1).tolist())  # patches of all images in one tensor
+    repeated = torch.cat([of_images[image] for image in index.tolist()])
+    return {"pixel_values": repeated, "image_grid_thw": grids[index]}
 
 
 def open_image(path: Path) -> Image.Image:
@@ -166,5 +187,7 @@ def _pad(rows: list[list[int]], value: int, left: bool) -> torch.Tensor:
     """`(rows, longest)` of token ids."""
     length = max(map(len, rows))
     if left:
-        return torch.tensor([[value] * (length - len(row)) + row for row in rows])
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+        padded = [[value] * (length - len(row)) + row for row in rows]
+    else:
+        padded = [row + [value] * (length - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long)

@@ -17,8 +17,11 @@ from ..data.visual_cot_collator import VisualCoTCollator
 from ..hub.folders import check_vacant
 from .base import load_for_training, start_glimpse_as
 from .repository import write_repository
-from .stage1_config import Stage1Recipe
+from .run_plot import plot_run
+from .stage1_config import Stage1Config, Stage1Recipe
 from .stage1_trainer import Stage1Trainer
+
+PLOT = "training.png"
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     """Train by a recipe and write the result as a complete repository.
 
-    Checkpoints lie in `recipe.checkpoint_folder` and stay there.
+    Checkpoints lie in `recipe.checkpoint_folder` and stay there, and so does a plot of the run.
 
     Args:
         recipe: what to train, on what and how.
@@ -48,9 +51,9 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
             f"{recipe.checkpoint_folder} holds checkpoints of an earlier run: go on with --resume, "
             "or remove the folder"
         )
-    train, validation = _dataset(recipe, recipe.data), None
+    train, validation = _dataset(recipe, config, recipe.data), None
     if recipe.validation_data:
-        validation = _dataset(recipe, recipe.validation_data)
+        validation = _dataset(recipe, config, recipe.validation_data)
     set_seed(config.seed)  # the fresh glimpse weights are drawn here
     model, processor, dtype = load_for_training(
         recipe.base, recipe.glimpse, config.bf16, recipe.attn_implementation
@@ -70,11 +73,14 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.monotonic() - started
     metrics = _final_metrics(trainer)
-    if not trainer.is_world_process_zero():
-        return None
-    summary = _summary(recipe, trainer, metrics, seconds)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    write_repository(model, processor, recipe.output, dtype, summary)
+    summary = None
+    if trainer.is_world_process_zero():
+        summary = _summary(recipe, trainer, metrics, seconds)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        write_repository(model, processor, recipe.output, dtype, summary)
+        plot_run(trainer.state.log_history, recipe.checkpoint_folder / PLOT)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return summary
 
 
@@ -100,8 +106,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _dataset(recipe: Stage1Recipe, path: str) -> VisualCoTDataset:
-    rows = read_visual_cot(path, recipe.image_folder, recipe.skip_rows_without_boxes)
+def _dataset(recipe: Stage1Recipe, config: Stage1Config, path: str) -> VisualCoTDataset:
+    rows = read_visual_cot(
+        path,
+        recipe.image_folder,
+        recipe.skip_rows_without_boxes,
+        need_boxes=config.needs_boxes,
+        need_answers=config.needs_answers,
+    )
     if path == recipe.data:
         rows = rows[: recipe.max_questions]
     logger.info("%d questions in %s", len(rows), path)

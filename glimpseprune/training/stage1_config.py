@@ -1,5 +1,6 @@
 """Settings of stage 1: what the trainer takes, and the recipe file around it."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,27 +11,54 @@ import yaml
 from transformers import TrainingArguments
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+WEIGHTS = (
+    "grounding_weight",
+    "dice_weight",
+    "bce_weight",
+    "answer_weight",
+    "distillation_weight",
+    "retention_weight",
+)
+TEMPERATURES = ("mask_temperature", "final_mask_temperature")
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for a string
 
 
 @dataclass
 class Stage1Config(TrainingArguments):
-    """`TrainingArguments` with the losses' weights; defaults follow the official recipe.
+    """`TrainingArguments` with the objectives' weights; defaults follow the official recipe.
 
     Args:
+        grounding_weight: of the first objective, whose parts are the following three.
         dice_weight: of the Dice loss between importance and evidence.
         bce_weight: of the binary cross-entropy between the same.
         answer_weight: of the answer's cross-entropy with the glimpse token in place.
+        distillation_weight: of the second objective, which needs no boxes and no answers: the KL
+            divergence from the base's answer distribution to that under a soft mask.
+        retention_weight: within distillation, of what keeping visual tokens costs.
+        retention_target: the expected share of tokens kept that it pulls towards; None: the share
+            itself is the cost, a price for every token.
+        mask_temperature, final_mask_temperature: of the soft mask at the first and the last step;
+            it falls geometrically in between.
+        mask_noise: whether soft masks are drawn at random, see `log_keep_probability`.
+        max_answer_tokens: length of the base's own answers, for questions that come without one.
         warmup: share of the steps over which the learning rate rises; `warmup_steps` wins over it.
         bf16: mixed precision; `"auto"` switches it on where the hardware computes in bfloat16.
 
     Raises:
-        ValueError: for a negative weight or a warm-up outside [0, 1].
+        ValueError: for a value out of its range, or when no objective has a weight.
     """
 
+    grounding_weight: float = 1.0
     dice_weight: float = 1.0
     bce_weight: float = 0.1
     answer_weight: float = 1.0
+    distillation_weight: float = 0.0
+    retention_weight: float = 1.0
+    retention_target: float | None = 0.1
+    mask_temperature: float = 0.25
+    final_mask_temperature: float = 0.1
+    mask_noise: bool = True
+    max_answer_tokens: int = 32
     warmup: float = 0.1
     bf16: bool | str = "auto"
     learning_rate: float = 1e-4
@@ -47,9 +75,7 @@ class Stage1Config(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
-        for name in ("dice_weight", "bce_weight", "answer_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._check_objectives()
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must lie in [0, 1], got {self.warmup}")
         if self.bf16 == "auto":
@@ -62,6 +88,45 @@ class Stage1Config(TrainingArguments):
         else:
             self.warmup_ratio = self.warmup
         super().__post_init__()
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether questions without evidence boxes are of no use."""
+        return self.grounding_weight > 0
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether questions without an answer are of no use."""
+        return self.grounding_weight * self.answer_weight > 0
+
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each part of the loss by its name; parts of weight 0 are not computed."""
+        grounding, distillation = self.grounding_weight, self.distillation_weight
+        weights = {
+            "dice_loss": grounding * self.dice_weight,
+            "bce_loss": grounding * self.bce_weight,
+            "answer_loss": grounding * self.answer_weight,
+            "distillation_loss": distillation,
+            "retention_loss": distillation * self.retention_weight,
+        }
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def _check_objectives(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in WEIGHTS and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{each.name} must not be negative, got {value}")
+            if each.name in TEMPERATURES and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{each.name} must be positive, got {value}")
+        if not self.loss_weights():
+            raise ValueError(
+                "there is no objective: grounding_weight and distillation_weight, or the weights "
+                "of all parts of grounding, are 0"
+            )
+        if self.retention_target is not None and not 0 < self.retention_target <= 1:
+            raise ValueError(f"retention_target must lie in (0, 1], got {self.retention_target}")
+        if self.max_answer_tokens < 1:
+            raise ValueError(f"max_answer_tokens must be 1 or more, got {self.max_answer_tokens}")
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""Losses and figures of stage 1: how well importance matches the evidence.
+"""Losses and figures of stage 1: how importance matches evidence, and answers those of the base.
 
-Everything here is computed for each row of the batch (each question) by itself, over all its visual
-tokens, so that a small image counts as much as a large one; averaging over rows is the caller's.
+What returns `(num_rows,)` is computed for each row of the batch (each question) by itself, over all
+its visual tokens, so that a small image counts as much as a large one; averaging over rows is the
+caller's.
 """
 
 import torch
@@ -62,6 +63,58 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         A float32 scalar.
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+
+def distillation_loss(
+    teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """KL divergence from the teacher's answer distribution to the student's.
+
+    `sum over words of p_teacher * (log p_teacher - log p_student)`, averaged over each row's answer
+    tokens. A row without an answer has a loss of 0.
+
+    Args:
+        teacher, student: logits `(batch, completion, vocabulary)`, each of the label in its place;
+            no gradient goes to the teacher.
+        labels: `(batch, completion)`, -100 at padding.
+
+    Returns:
+        `(batch,)`, at least float32.
+    """
+    teacher, student = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        for logits in (teacher.detach(), student)
+    )
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    answered = (labels != -100).to(divergence)
+    return _ratio((divergence * answered).sum(1), answered.sum(1))
+
+
+def retention_loss(
+    importance: torch.Tensor, rows: torch.Tensor, num_rows: int, target: float | None
+) -> torch.Tensor:
+    """What keeping visual tokens costs, by the expected share s of tokens kept.
+
+    Without a target it is s of each row: a price for every token. With one it is
+    `(s - target)^2 / target`, where s is the batch's mean, so that questions may differ.
+
+    Args:
+        importance: `(N,)` logits.
+        rows: `(N,)` row of each token.
+        num_rows: rows in the batch.
+        target: in (0, 1], or None.
+
+    Returns:
+        `(num_rows,)`, at least float32; with a target all alike.
+    """
+    probability = importance.to(torch.promote_types(importance.dtype, torch.float32)).sigmoid()
+    share = _ratio(
+        _sum_by_row(probability, rows, num_rows),
+        _sum_by_row(torch.ones_like(probability), rows, num_rows),
+    )
+    if target is None:
+        return share
+    return ((share.mean() - target).square() / target).expand(num_rows)
 
 
 def mask_figures(

@@ -1,11 +1,17 @@
 """Stage 1: trains the glimpse token and the visual importance predictor on a frozen base.
 
-One forward of the model serves all losses (paper, section 3.3; weights of the official
-configuration): importance against evidence boxes by Dice and binary cross-entropy, and the answer's
-cross-entropy with the glimpse token in place, where all visual tokens stay.
+Two objectives, alone or together, by the weights of `Stage1Config`:
+
+- grounding (paper, section 3.3; weights of the official configuration): importance against evidence
+  boxes by Dice and binary cross-entropy, and the answer's cross-entropy with the glimpse token in
+  place, where all visual tokens stay. One forward of the model serves all three.
+- distillation: the KL divergence from the base's answer distribution to that of the pruned model,
+  and a cost for every token kept. Gradients pass through a soft mask, which is noisy and sharpens
+  in the course of training; an evaluation measures with the hard mask of the model's own choice.
 """
 
 import logging
+import math
 import os
 from collections import defaultdict
 from dataclasses import replace
@@ -14,15 +20,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ModelOutput
 
+from modeling_glimpseprune.glimpse_record import GlimpseRecord
+from modeling_glimpseprune.pruned_forward import corner_tokens
 from modeling_glimpseprune.visual_tokens import VisualFeatures
 
+from ..data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
+from .soft_mask import annealed, log_keep_probability, logistic_noise
 from .stage1_config import Stage1Config
-from .stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures
+from .stage1_losses import (
+    answer_loss,
+    bce_loss,
+    dice_loss,
+    distillation_loss,
+    mask_figures,
+    retention_loss,
+)
 
 GLIMPSE_WEIGHTS = "glimpse.safetensors"
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+OF_EVIDENCE = ("precision", "recall", "iou")  # figures of questions that have any
 
 logger = logging.getLogger(__name__)
 
@@ -57,29 +77,110 @@ class Stage1Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
-        """The weighted sum of the losses of a `VisualCoTCollator` batch."""
+        """The weighted sum of the losses of a `VisualCoTCollator` batch.
+
+        Raises:
+            LossNotFinite: when a part of a training loss is no number.
+        """
         inputs = dict(inputs)
-        labels, evidence = inputs.pop("labels"), inputs.pop("evidence_mask")
-        prompt_length = inputs["prompt_length"]
-        cache = DynamicCache()
-        outputs = model(
-            mm_encoder_outputs={"image": self._encode_images(inputs)},
-            in_place=True,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=labels.shape[1] - prompt_length + 1,
-            **inputs,
-        )
-        record, num_rows = cache.glimpse, len(labels)
-        dice = dice_loss(record.importance, evidence, record.rows, num_rows)
-        bce = bce_loss(record.importance, evidence, record.rows, num_rows)
-        answer = answer_loss(outputs.logits[:, :-1], labels[:, prompt_length:])
-        weights = self.args.dice_weight, self.args.bce_weight, self.args.answer_weight
-        loss = weights[0] * dice.mean() + weights[1] * bce.mean() + weights[2] * answer
+        names, evidence = inputs.pop("names"), inputs.pop("evidence_mask")
+        inputs = self._with_own_answers(inputs)
+        encoded = {"mm_encoder_outputs": {"image": self._encode_images(inputs)}}
+        labels = inputs.pop("labels")[:, inputs["prompt_length"] :]
+        weights, num_rows = self.args.loss_weights(), len(labels)
+        record, outputs = self._glimpse(model, inputs | encoded)
+        parts = {
+            "dice_loss": dice_loss(record.importance, evidence, record.rows, num_rows),
+            "bce_loss": bce_loss(record.importance, evidence, record.rows, num_rows),
+        }
+        if self.args.grounding_weight > 0:
+            logits = outputs.logits[:, :-1]
+            parts["answer_loss"] = answer_loss(logits, labels).expand(num_rows)
+        if self.args.distillation_weight > 0:
+            parts |= self._distil(model.training, inputs | encoded, labels, record)
+        parts = {name: parts[name] for name in weights}
+        loss = sum(weights[name] * part.mean() for name, part in parts.items())
+        if model.training and not loss.isfinite():
+            raise LossNotFinite(self.state.global_step + 1, parts, names)
         figures = mask_figures(record.keep_mask, evidence, record.rows, num_rows)
-        parts = {"dice_loss": dice, "bce_loss": bce, "answer_loss": answer.expand(num_rows)}
+        located = torch.zeros(num_rows, dtype=torch.bool, device=evidence.device)
+        located[record.rows[evidence]] = True
+        for name in OF_EVIDENCE:
+            figures[name] = figures[name][located]
         self._figures["train" if model.training else "eval"].add(parts | figures)
         return (loss, outputs) if return_outputs else loss
+
+    def _glimpse(self, model: nn.Module, inputs: dict) -> tuple[GlimpseRecord, ModelOutput]:
+        """Importance with gradients; for grounding with the answer's logits, every token kept."""
+        cache, prompt_length = DynamicCache(), inputs["prompt_length"]
+        whole = self.args.grounding_weight > 0
+        if not whole:
+            inputs = inputs | _text_before(inputs, prompt_length)
+        completion = inputs["input_ids"].shape[1] - prompt_length
+        outputs = model(
+            **inputs,
+            in_place=True,
+            only_glimpse=not whole,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=completion + 1,
+        )
+        return cache.glimpse, outputs
+
+    def _distil(
+        self, training: bool, inputs: dict, labels: torch.Tensor, record: GlimpseRecord
+    ) -> dict[str, torch.Tensor]:
+        """Both parts of distillation, `(rows,)` each.
+
+        The base answers with all tokens and with a mask: soft in training, the model's own choice
+        otherwise. Neither run has trainable weights, so DDP need not see them.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        settings = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
+        with torch.no_grad():
+            teacher = model(**inputs, prune=False, **settings).logits[:, :-1]
+        mask = {"visual_keep_mask": record.keep_mask}
+        if training:
+            mask = {"visual_log_keep": self._soft_mask(record)}
+        student = model(**inputs, **mask, **settings).logits[:, :-1]
+        target = self.args.retention_target
+        return {
+            "distillation_loss": distillation_loss(teacher, student, labels),
+            "retention_loss": retention_loss(record.importance, record.rows, len(labels), target),
+        }
+
+    def _soft_mask(self, record: GlimpseRecord) -> torch.Tensor:
+        """`(N,)` log keep probabilities at this step's temperature."""
+        args, state = self.args, self.state
+        progress = state.global_step / max(1, state.max_steps)
+        temperature = annealed(args.mask_temperature, args.final_mask_temperature, progress)
+        noise = logistic_noise(record.importance) if args.mask_noise else None
+        soft = log_keep_probability(record.importance, temperature, noise)
+        config = self.accelerator.unwrap_model(self.model).config
+        return soft.masked_fill(corner_tokens(record.geometry, config.anchor_corners), 0.0)
+
+    def _with_own_answers(self, inputs: dict) -> dict:
+        """The same with the base's greedy answer, all visual tokens kept, where a row has none."""
+        labels, prompt_length = inputs["labels"], inputs["prompt_length"]
+        missing = (labels == IGNORED_LABEL).all(1)
+        if not missing.any():
+            return inputs
+        model, was_training = self.accelerator.unwrap_model(self.model), self.model.training
+        model.eval()
+        sequences = model.generate(
+            **_text_before(inputs, prompt_length),
+            **repeat_visuals(inputs["visuals"], inputs["image_index"]),
+            prune=False,
+            do_sample=False,
+            max_new_tokens=self.args.max_answer_tokens,
+        )
+        model.train(was_training)
+        return with_completions(inputs, sequences[:, prompt_length:], missing, self._end_tokens())
+
+    def _end_tokens(self) -> list[int]:
+        """Tokens that end an answer."""
+        tokens = self.accelerator.unwrap_model(self.model).generation_config.eos_token_id
+        return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
     def prediction_step(
         self,
@@ -124,6 +225,8 @@ class Stage1Trainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.accelerator.unwrap_model(self.model).model.glimpse.state_dict()
@@ -143,29 +246,91 @@ class Stage1Trainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+class LossNotFinite(ValueError):
+    """A part of the loss became infinite or no number; the message says when and for what rows.
+
+    Args:
+        step: the optimiser's step that the batch belongs to, from 1.
+        parts: `(rows,)` each part of the loss.
+        names: what the rows are called.
+    """
+
+    def __init__(self, step: int, parts: dict[str, torch.Tensor], names: list[str]):
+        faults = {
+            name: [row for row, value in enumerate(part.tolist()) if not math.isfinite(value)]
+            for name, part in parts.items()
+        }
+        sentences = [
+            f"{name} of {'; '.join(names[row] for row in rows)}"
+            for name, rows in faults.items()
+            if rows
+        ]
+        super().__init__(f"at step {step} the loss is no finite number: {', '.join(sentences)}")
+
+
+def with_completions(
+    inputs: dict, completions: torch.Tensor, chosen: torch.Tensor, end_tokens: list[int]
+) -> dict:
+    """A batch with other completions in some of its rows.
+
+    Args:
+        inputs: of a `VisualCoTCollator`.
+        completions: `(batch, tokens)`, each up to and with its first end token, if it has one.
+        chosen: `(batch,)` bool, the rows that take theirs.
+        end_tokens: the ends of answers.
+    """
+    start = inputs["prompt_length"]
+    ends = torch.isin(completions, completions.new_tensor(end_tokens))
+    real = ends.cumsum(1) - ends.long() == 0
+    length = max(inputs["input_ids"].shape[1] - start, completions.shape[1])
+    later = {
+        "input_ids": completions.masked_fill(~real, 0),
+        "attention_mask": real,
+        "labels": completions.masked_fill(~real, IGNORED_LABEL),
+        "mm_token_type_ids": torch.zeros_like(completions),
+    }
+    filled = dict(inputs)
+    for name in later.keys() & inputs.keys():
+        value = IGNORED_LABEL if name == "labels" else 0
+        own, given = (
+            pad(part, (0, length - part.shape[1]), value=value)
+            for part in (later[name].to(inputs[name]), inputs[name][:, start:])
+        )
+        completion = torch.where(chosen[:, None], own, given)
+        filled[name] = torch.cat([inputs[name][:, :start], completion], dim=1)
+    return filled
+
+
+def _text_before(inputs: dict, length: int) -> dict[str, torch.Tensor]:
+    """The text inputs of a batch cut to its prompts."""
+    return {name: inputs[name][:, :length] for name in TEXT_INPUTS if name in inputs}
+
+
 class FigureMeans:
     """Running sums of figures; they wait for the device only when the means are read."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._count = 0
+        self._counts: dict[str, int] = defaultdict(int)
 
     def add(self, figures: dict[str, torch.Tensor]) -> None:
-        """Add figures of a batch, each `(rows,)`."""
+        """Add figures of a batch, each `(rows,)` or of those rows that have it."""
         for name, values in figures.items():
             self._sums[name] = self._sums[name].to(values.device) + values.detach().float().sum()
-        self._count += len(next(iter(figures.values())))
+            self._counts[name] += len(values)
 
     def clear(self) -> None:
         self._sums.clear()
-        self._count = 0
+        self._counts.clear()
 
     def means(self, accelerator) -> dict[str, float]:
-        """The mean of each figure over all rows of all processes; none when there was no row."""
-        if not self._count:
-            return {}
+        """The mean of each figure over all rows of all processes that have it."""
         names = list(self._sums)
-        count = torch.tensor(float(self._count), device=accelerator.device)
-        sums = torch.stack([*(self._sums[name] for name in names), count])
-        *sums, count = accelerator.reduce(sums, "sum").tolist()
-        return {name: value / count for name, value in zip(names, sums, strict=True)}
+        if not names:
+            return {}
+        counts = torch.tensor([self._counts[name] for name in names], dtype=torch.float32)
+        sums = torch.stack([self._sums[name] for name in names])
+        totals = torch.stack([sums, counts.to(sums.device)]).to(accelerator.device)
+        sums, counts = accelerator.reduce(totals, "sum").tolist()
+        figures = zip(names, sums, counts, strict=True)
+        return {name: value / count for name, value, count in figures if count}

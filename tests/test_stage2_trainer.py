@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -243,20 +244,20 @@ def test_named_layers_are_those_of_the_language_model_only(loaded):
 
 
 def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
-    """A reward for one token makes it more frequent, and a step changes no frozen weight."""
+    """A reward for a token that has hardly a chance at first makes it frequent."""
 
     def likes_seven(completions, **known):
         return [float(text.startswith("7")) for text in completions]
 
     monkeypatch.setitem(rewards.REWARDS, "anls", likes_seven)
     recipe = make_recipe(
-        **{"rewards": {"anls": 1.0}, "training.max_steps": 40, "training.learning_rate": 0.03,
+        **{"rewards": {"anls": 1.0}, "training.max_steps": 20, "training.learning_rate": 0.03,
            "training.per_device_train_batch_size": 24, "training.beta": 0.0,
-           "training.max_completion_length": 1}
+           "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"}
     )  # fmt: skip
     train_stage2(recipe)
     gained = [entry["reward"] for entry in history(recipe)]
-    assert sum(gained[-5:]) / 5 > 0.8 > 0.3 > sum(gained[:3]) / 3
+    assert sum(gained[:4]) / 4 < 0.04 and sum(gained[-8:]) / 8 > 0.12
 
 
 def test_log_probabilities_of_policy_and_reference_start_equal(make_recipe):
@@ -324,14 +325,14 @@ def test_a_judge_rewards(make_recipe):
 
 
 def test_a_judge_that_goes_down_leaves_a_checkpoint(make_recipe, capsys):
-    replies = iter(["1", "0"] * 8)  # two rounds of eight completions
+    replies = cycle("10")
     with judge_server(lambda message: next(replies), []) as server:
         judge = {
             "judge.url": server.url, "judge.model": "stub", "judge.retries": 1,
             "judge.backoff": 0.0, "judge.timeout": 0.2, "judge.concurrency": 1,
         }  # fmt: skip
         recipe = make_recipe(rewards={"judge": 1.0}, **judge)
-        server.plan = [200] * 16 + [503] * 99
+        server.plan = [200] * 16 + [503] * 99  # two rounds of eight completions
         with pytest.raises(
             OSError, match="replied 503.*checkpoint-2 is saved: go on with --resume"
         ):

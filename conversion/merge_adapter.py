@@ -3,8 +3,9 @@
     python conversion/merge_adapter.py --base BASE --adapter ADAPTER --output MERGED
 
 Files of the base that hold no adapted weight are taken as they are; of the others, one at a time is
-in memory. peft does the arithmetic. The result is a stock model folder: `glimpseprune train-stage1
---base MERGED` goes on with it.
+in memory. peft does the arithmetic. The result is what the base was, a stock model folder or a
+GlimpsePrune repository: `glimpseprune train-stage1 --base MERGED` goes on with it. A repository's
+glimpse was trained on the base without the adapter.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from conversion.publishing import resolve_base, run_command
 from conversion.repository import (
     LICENCE_FILES,
     copy_processor_files,
-    is_glimpse,
     rename_base,
     resolve_folder,
     write_index,
@@ -45,6 +45,7 @@ from glimpseprune.hub.shards import (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+COPIED = ("config.json", "generation_config.json", *LICENCE_FILES)
 # Settings whose effect is more than a sum of products per layer, with the value that is supported.
 ONLY = {
     "peft_type": "LORA",
@@ -59,10 +60,10 @@ logger = logging.getLogger(__name__)
 
 
 def merge(base: Path, adapter: Path, output: Path) -> None:
-    """Write a stock model folder with an adapter merged in, or nothing.
+    """Write a copy of a base with an adapter merged in, or nothing.
 
     Args:
-        base: folder of the stock base.
+        base: folder of the stock base, or of a GlimpsePrune repository that holds its base.
         adapter: folder that peft saved, of a LoRA adapter of our model or of the stock one.
         output: folder to create; it may exist if it is empty.
 
@@ -74,8 +75,6 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
     family = family_of(config, base)
     shards = find_shards(base)
     names = rename_base(shards, family.base_key_map)
-    if any(is_glimpse(name) for shard in shards for name in shard.tensors):
-        raise ConversionError(f"{base} holds glimpse weights, which do not fit a merged base")
     factors = read_adapter(adapter)
     modules = adapted_modules(factors, names, family)
     with vacant_sibling(output) as folder:
@@ -93,9 +92,9 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
                 place_file(shard.path, folder / file_name)
             weight_map |= dict.fromkeys(shard.tensors, file_name)
         write_index(folder, weight_map, sum(shard.data_bytes for shard in shards))
-        for name in ("config.json", "generation_config.json", *LICENCE_FILES):
-            if (base / name).exists():
-                shutil.copyfile(base / name, folder / name)
+        for file in (*base.glob("*.py"), *(base / name for name in COPIED)):
+            if file.exists():
+                shutil.copyfile(file, folder / file.name)
         copy_processor_files(folder, base)
     logger.info("merged %d weights into %s", len(modules), output)
 
@@ -201,7 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="merge_adapter.py", description="Merge a LoRA adapter into its base, shard by shard."
     )
-    parser.add_argument("--base", required=True, help="stock base: a folder or a Hub id")
+    parser.add_argument(
+        "--base", required=True, help="stock base or GlimpsePrune repository: a folder or a Hub id"
+    )
     parser.add_argument("--base-revision", help="revision of the base, where it is a Hub id")
     parser.add_argument("--adapter", required=True, help="what peft saved: a folder or a Hub id")
     parser.add_argument("--output", required=True, type=Path, help="folder to create")

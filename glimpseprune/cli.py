@@ -10,8 +10,11 @@ COMMANDS = {
     "evaluate": "measure accuracy and retention over a data set",
     "inspect": "say what a repository is, and whether its weights are sound",
     "make-pages": "write pages of the tiny world with questions and evidence boxes",
+    "merge": "merge the adapter of stage 2 into its base",
     "train-base": "train the tiny base model from nothing",
+    "train-plus": "stage 2, merge, and stage 1 again, in one go",
     "train-stage1": "train the glimpse token and the visual importance predictor",
+    "train-stage2": "train the language model by reinforcement learning on pruned sequences",
 }
 
 

@@ -111,7 +111,8 @@ def load_for_training(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-        processor = family.processor_class.from_pretrained(source)
+        # Its parts would ask whether to run the repository's code, which is here already.
+        processor = family.processor_class.from_pretrained(source, trust_remote_code=False)
     _check_loading(source, loading, GLIMPSE_PREFIX if stock else None)
     stored_dtype = model.dtype
     if stored_dtype != torch.bfloat16 or not bf16:

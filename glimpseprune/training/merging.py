@@ -1,0 +1,56 @@
+"""From stage 2 to the stage 1 that follows it: the adapter merged, and the recipe to run on it."""
+
+from pathlib import Path
+
+from conversion.merge_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge
+from conversion.publishing import resolve_base
+from conversion.repository import is_glimpse, resolve_folder
+
+from ..hub.shards import find_shards, read_json
+from .repository import SUMMARY_FILE
+
+
+def merge_stage2(
+    adapter: str, base: str | None, output: Path, base_revision: str | None = None
+) -> tuple[Path, str]:
+    """Write what stage 2 was trained on with its adapter merged in.
+
+    Args:
+        adapter: what stage 2 wrote; folder or Hub id.
+        base: a stock model or a GlimpsePrune repository; None for what the adapter names.
+        output: folder to create.
+        base_revision: of a base on the Hub.
+
+    Returns:
+        The adapter's folder, and the base.
+
+    Raises:
+        ValueError: when something is missing or does not fit.
+    """
+    folder = resolve_folder(adapter, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, SUMMARY_FILE))
+    base = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder} does not name its base: give it by --base")
+    merge(resolve_base(base, base_revision), folder, output)
+    return folder, base
+
+
+def next_command(adapter: Path, merged: Path) -> str:
+    """The stage 1 command to run on a merged model.
+
+    Args:
+        adapter: whose summary names the recipe.
+        merged: what `merge_stage2` wrote.
+    """
+    summary = read_json(adapter / SUMMARY_FILE) if (adapter / SUMMARY_FILE).exists() else {}
+    recipe = summary.get("recipe", {}).get("stage1_recipe") or "RECIPE"
+    going_on = " --set start_text=null" if holds_glimpse(merged) else ""
+    return (
+        f"glimpseprune train-stage1 --recipe {recipe} --base {merged}{going_on} "
+        "--data DATA --output OUTPUT"
+    )
+
+
+def holds_glimpse(folder: Path) -> bool:
+    """Whether a model's weights include a glimpse's, with which stage 1 goes on."""
+    return any(is_glimpse(name) for shard in find_shards(folder) for name in shard.tensors)

@@ -1,0 +1,191 @@
+"""Prompts that several completions share: encoded once, pruned once, prefilled once.
+
+Sampling and scoring go the same two steps: the prompt is pruned in a prefill of its own, and its
+cache is repeated for the prompt's completions, which then run over what was kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from modeling_glimpseprune.visual_tokens import VisualFeatures
+
+from ..data.visual_cot_collator import ROW_INPUTS
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """U different prompts with one image each.
+
+    Attributes:
+        inputs: `(U, ...)` tensors that the model takes; prompts of P tokens, padded on the left.
+        features: the encoded images.
+        image_index: which of the images each prompt shows.
+        keep_masks: one bool tensor a prompt over its visual tokens; None before they are chosen.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    features: VisualFeatures
+    image_index: list[int]
+    keep_masks: list[torch.Tensor] | None = None
+
+    @property
+    def visual_counts(self) -> list[int]:
+        """Visual tokens of each prompt."""
+        sizes = [visual for _, visual in self.features.sizes]
+        return [sizes[image] for image in self.image_index]
+
+    @property
+    def retention(self) -> list[float]:
+        """Kept share of each prompt's visual tokens."""
+        return [mask.float().mean().item() for mask in self.keep_masks]
+
+    def with_masks(self, keep_mask: torch.Tensor) -> "SharedPrompts":
+        """The same with the keep mask `(N,)` of all visual tokens, prompt after prompt."""
+        return replace(self, keep_masks=list(keep_mask.split(self.visual_counts)))
+
+    def model_inputs(self, prompts: list[int]) -> dict[str, object]:
+        """What a prefill of some of the prompts takes."""
+        images = [self.image_index[prompt] for prompt in prompts]
+        features = replace(
+            self.features,
+            pooler_output=[self.features.pooler_output[image] for image in images],
+            deepstack_features=[
+                [layer[image] for image in images] for layer in self.features.deepstack_features
+            ],
+        )
+        inputs = {name: values[prompts] for name, values in self.inputs.items()}
+        inputs["mm_encoder_outputs"] = {"image": features}
+        if self.keep_masks is not None:
+            masks = [self.keep_masks[prompt] for prompt in prompts]
+            inputs["visual_keep_mask"] = torch.cat(masks)
+        return inputs
+
+
+@torch.no_grad()
+def share_prompts(model: PreTrainedModel, batch: dict) -> SharedPrompts:
+    """Encode the images of a `VisualCoTCollator` batch and leave its completions out.
+
+    Args:
+        model: a GlimpsePrune model.
+        batch: the batch, on any device.
+    """
+    device = model.device
+    visuals = {name: values.to(device) for name, values in batch["visuals"].items()}
+    if torch.is_floating_point(visuals["pixel_values"]):
+        visuals["pixel_values"] = visuals["pixel_values"].to(model.dtype)
+    prompt_length = batch["prompt_length"]
+    inputs = {name: batch[name][:, :prompt_length] for name in TEXT_INPUTS if name in batch}
+    inputs |= {name: batch[name] for name in ROW_INPUTS if name in batch}
+    return SharedPrompts(
+        {name: values.to(device) for name, values in inputs.items()},
+        model.model.encode_visual("image", **visuals),
+        batch["image_index"].tolist(),
+    )
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module, prompts: SharedPrompts, copies: list[int], config: GenerationConfig
+) -> tuple[torch.Tensor, SharedPrompts]:
+    """Sample completions with the model's own `generate`, which prunes each prompt once.
+
+    `generate` runs twice: for one token of each prompt, whose cache and next-token scores all its
+    completions share, and from there on for each completion.
+
+    Args:
+        model: a GlimpsePrune model, or its PEFT wrapper.
+        prompts: without masks, the model chooses them itself.
+        copies: the prompt of each completion to be sampled, R in all.
+        config: its `max_new_tokens` is C.
+
+    Returns:
+        Token ids `(R, at most C)`, padded after their ends, and the prompts with the masks used.
+    """
+    one_token = copy(config)
+    one_token.max_new_tokens = 1
+    every_prompt = list(range(len(prompts.image_index)))
+    start = model.generate(
+        **prompts.model_inputs(every_prompt),
+        generation_config=one_token,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    cache = start.past_key_values
+    prompts = prompts.with_masks(cache.glimpse.keep_mask)
+    index = torch.tensor(copies, device=start.sequences.device)
+    first = torch.multinomial(start.scores[0].float().softmax(-1)[index], num_samples=1)
+    if config.max_new_tokens == 1:
+        return first, prompts
+    cache.batch_select_indices(index)
+    rest = copy(config)
+    rest.max_new_tokens = config.max_new_tokens - 1
+    prompt_mask = prompts.inputs["attention_mask"][index]
+    sequences = model.generate(
+        input_ids=torch.cat([prompts.inputs["input_ids"][index], first], dim=1),
+        attention_mask=torch.cat([prompt_mask, torch.ones_like(first)], dim=1),
+        past_key_values=cache,
+        generation_config=rest,
+    )
+    return sequences[:, prompt_mask.shape[1] :], prompts
+
+
+def completion_logits(
+    model: nn.Module,
+    prompts: SharedPrompts,
+    rows: list[int],
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Logits of every completion token, computed as when it was sampled.
+
+    A prefill with the prompts' masks, once for each different prompt, then the completions as one
+    block over the pruned caches. Gradients reach the prompts too.
+
+    Args:
+        model: a GlimpsePrune model, or a wrapper of it.
+        prompts: with the masks used when sampling.
+        rows: the prompt of each completion.
+        completion_ids: `(R, C)`, padded on the right.
+        completion_mask: `(R, C)`, 1 at real tokens.
+
+    Returns:
+        `(R, C, vocabulary)`, each predicting the token in its place.
+    """
+    different = sorted(set(rows))
+    index = torch.tensor([different.index(row) for row in rows], device=completion_ids.device)
+    inputs, cache = prompts.model_inputs(different), DynamicCache()
+    prefill = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    first = prefill.logits[:, -1:][index]
+    if completion_ids.shape[1] == 1:
+        return first
+    cache.batch_select_indices(index)
+    mask = torch.cat([inputs["attention_mask"][index], completion_mask[:, :-1]], dim=1)
+    with _without_checkpointing(model):
+        block = model(
+            input_ids=completion_ids[:, :-1],
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return torch.cat([first, block.logits], dim=1)
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Keep activations: the stock layers' checkpointing would take the cache away."""
+    switched = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True

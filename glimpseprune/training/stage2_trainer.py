@@ -1,0 +1,194 @@
+"""Stage 2: reinforcement learning on pruned sequences (paper, section 3.4).
+
+trl's GRPO with other rollouts and other log-probabilities: completions are sampled by the model's
+own `generate`, which prunes the prompt, and scored by the exact forward over the same kept tokens.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import selective_log_softmax_and_entropy
+
+from ..data.visual_cot import VisualCoTRow
+from ..data.visual_cot_collator import VisualCoTCollator
+from .rollout import SharedPrompts, completion_logits, sample_completions, share_prompts
+from .stage2_config import Lora, Stage2Config
+
+
+class NonFiniteLoss(ValueError):
+    """Training cannot go on; the message says where it stopped."""
+
+
+class Stage2Trainer(GRPOTrainer):
+    """A `GRPOTrainer` for the language model of a GlimpsePrune model.
+
+    Only LoRA factors of the language model are trained; vision encoder and glimpse are frozen.
+    Completions of one prompt share its image's encoding, its mask and its prefill, when sampled and
+    when scored, as far as they are in one batch.
+
+    Args:
+        model: a GlimpsePrune model.
+        args: settings.
+        rewards: functions as trl takes them; beside its own arguments they get `answer` and
+            `retention`.
+        questions: what to ask. With `args.shuffle_dataset` off, questions about one image that
+            follow each other share its encoding.
+        collator: makes prompts of them.
+        mask: `"model"`, `"evidence"` or `"all"`, see `Stage2Recipe`.
+        lora: the adapter.
+        kwargs: as `GRPOTrainer` takes them.
+
+    Raises:
+        NonFiniteLoss: from `train`, when the loss is no number any more.
+    """
+
+    args: Stage2Config
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Stage2Config,
+        rewards: Sequence[Callable],
+        questions: Sequence[VisualCoTRow],
+        collator: VisualCoTCollator,
+        mask: str = "model",
+        lora: Lora | None = None,
+        **kwargs,
+    ):
+        self.questions, self.collator, self.mask = questions, collator, mask
+        collator.tokenizer.padding_side = "left"
+        self._prompts_of_rows: list[tuple[SharedPrompts, int]] = []
+        columns = [
+            {"prompt": row.question, "answer": row.answer, "question": number}
+            for number, row in enumerate(questions)
+        ]
+        super().__init__(
+            model,
+            list(rewards),
+            args,
+            train_dataset=Dataset.from_list(columns),
+            processing_class=collator.processor,
+            peft_config=(lora or Lora()).config(model),
+            **kwargs,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        """As trl, with each row's prompt beside its tensors."""
+        numbers = [each["question"] for each in inputs]
+        different = list(dict.fromkeys(numbers))
+        batch = self.collator([[self.questions[number] for number in different]])
+        prompts = share_prompts(self._glimpse_model, batch)
+        if self.mask == "evidence":
+            prompts = prompts.with_masks(batch["evidence_mask"].to(self.accelerator.device))
+        elif self.mask == "all":
+            keep = torch.ones(sum(prompts.visual_counts), dtype=torch.bool)
+            prompts = prompts.with_masks(keep.to(self.accelerator.device))
+        self._prompts_of_rows = [(prompts, different.index(number)) for number in numbers]
+        output = super()._generate_and_score_completions(inputs)
+        return output | {"prompts_of_rows": self._prompts_of_rows}
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+        shared, rows = self._shared()
+        ids, mask = shared.inputs["input_ids"][rows], shared.inputs["attention_mask"][rows].bool()
+        return [row[real].tolist() for row, real in zip(ids, mask, strict=True)], None, {}
+
+    def _generate_single_turn(self, *args, **kwargs) -> tuple[list[list[int]], None]:
+        """Sampled completions, each with the token that ends it; afterwards the masks are known."""
+        shared, rows = self._shared()
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            training = model.training
+            model.eval()  # dropout would choose other masks and tokens than the model does
+            try:
+                completions, shared = sample_completions(
+                    model, shared, rows, self.generation_config
+                )
+            finally:
+                model.train(training)
+        self._prompts_of_rows = [(shared, row) for row in rows]
+        ends = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
+        before = ends.cumsum(1) - ends.long() == 0
+        return [row[real].tolist() for row, real in zip(completions, before, strict=True)], None
+
+    def _calculate_rewards(self, inputs: list[dict], *args) -> torch.Tensor:
+        shared, rows = self._shared()
+        shares = shared.retention
+        shares = [shares[row] for row in rows]
+        mode = "train" if self.model.training else "eval"
+        mean = self.accelerator.gather(torch.tensor(shares, device=self.accelerator.device)).mean()
+        self._metrics[mode]["retention"].append(mean.item())
+        known = [each | {"retention": share} for each, share in zip(inputs, shares, strict=True)]
+        return super()._calculate_rewards(known, *args)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict) -> torch.Tensor:
+        self._prompts_of_rows = inputs["prompts_of_rows"]
+        loss = super()._compute_loss(model, inputs)
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}"
+                f"{_what_else(inputs)}: lower the learning rate, or look at the data"
+            )
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """Log-probabilities `(rows, logits_to_keep)` of the completions, by the exact forward.
+
+        trl's own, which runs the whole sequence at once through the backbone, would let completions
+        see dropped tokens in the layers up to K if it were not told where prompts end.
+        """
+        shared, rows = self._shared()
+        completion_ids = input_ids[:, -logits_to_keep:]
+        completion_mask = attention_mask[:, -logits_to_keep:]
+        log_probs, entropies = [], []
+        for start in range(0, len(rows), batch_size or len(rows)):
+            part = slice(start, start + (batch_size or len(rows)))
+            with self.accelerator.autocast():
+                logits = completion_logits(
+                    model, shared, rows[part], completion_ids[part], completion_mask[part]
+                )
+            values, entropy = selective_log_softmax_and_entropy(
+                logits.float(),
+                completion_ids[part],
+                entropy_requires_grad=self._entropy_bonus_enabled,
+                temperature=self.temperature,
+            )
+            log_probs.append(values)
+            entropies.append(entropy)
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    @property
+    def _glimpse_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model).get_base_model()
+
+    def _shared(self) -> tuple[SharedPrompts, list[int]]:
+        """The prompts of the rows at hand, which are all of one round, and the prompt of each."""
+        return self._prompts_of_rows[0][0], [row for _, row in self._prompts_of_rows]
+
+
+def _what_else(inputs: dict) -> str:
+    """Which of a batch's tensors hold something that is no number."""
+    names = ("advantages", "old_per_token_logps", "ref_per_token_logps")
+    faulty = [name for name in names if name in inputs and not inputs[name].isfinite().all()]
+    return f" (already not finite: {', '.join(faulty)})" if faulty else ""

@@ -1,0 +1,515 @@
+"""Stage 2: exact scores, what is trained, rewards, recipes, faults, resuming, merging."""
+
+import json
+import math
+import subprocess
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("stage 2 trains on transformers 5", allow_module_level=True)
+
+import yaml
+from safetensors.torch import load_file
+from test_stage1_trainer import REPOSITORY, base, data  # noqa: F401 (fixtures)
+from transformers import GenerationConfig, set_seed
+
+from glimpseprune.cli import main
+from glimpseprune.data.visual_cot import read_visual_cot
+from glimpseprune.data.visual_cot_collator import VisualCoTCollator
+from glimpseprune.training import rewards
+from glimpseprune.training.base import load_for_training
+from glimpseprune.training.recipe import read_recipe
+from glimpseprune.training.rollout import (
+    SharedPrompts,
+    completion_logits,
+    sample_completions,
+    share_prompts,
+)
+from glimpseprune.training.stage1 import train_stage1
+from glimpseprune.training.stage1_config import load_recipe
+from glimpseprune.training.stage2 import train_stage2
+from glimpseprune.training.stage2_config import Lora, Stage2Recipe
+from glimpseprune.training.stage2_trainer import NonFiniteLoss, Stage2Trainer
+from tests.judge_server import judge_server
+
+PROMPTS = [0, 3, 4]  # of different lengths, about three images of different sizes
+ROWS = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.fixture(scope="module")
+def glimpsing(base, data, tmp_path_factory):  # noqa: F811
+    """A repository whose glimpse counts as trained: random scores, some tokens kept."""
+    output = tmp_path_factory.mktemp("repository") / "stage1"
+    fields = {
+        "base": str(base), "data": str(data), "output": str(output),
+        "glimpse.glimpse_layer": 1, "glimpse.predictor_hidden_size": 16,
+        "glimpse.predictor_condition_size": 16, "glimpse.predictor_num_heads": 2,
+        "glimpse.min_keep_tokens": 2, "glimpse.glimpse_dropout": 0.1,
+        "training.bf16": False, "training.use_cpu": True, "training.max_steps": 1,
+        "training.disable_tqdm": True, "training.learning_rate": 0.0,
+    }  # fmt: skip
+    train_stage1(load_recipe(None, fields))
+    return output
+
+
+@pytest.fixture(scope="module")
+def loaded(glimpsing):
+    model, processor, _ = load_for_training(str(glimpsing))
+    processor.tokenizer.padding_side = "left"
+    return model.eval(), processor
+
+
+@pytest.fixture
+def make_recipe(glimpsing, data, tmp_path):  # noqa: F811
+    def make(output="adapter", **overrides):
+        fields = {"base": str(glimpsing), "data": str(data), "output": str(tmp_path / output)}
+        training = {
+            "bf16": False, "use_cpu": True, "learning_rate": 0.01, "num_generations": 4,
+            "per_device_train_batch_size": 8, "max_completion_length": 3, "max_steps": 3,
+            "logging_steps": 1, "save_steps": 100, "disable_tqdm": True, "seed": 3,
+        }  # fmt: skip
+        training = {f"training.{name}": value for name, value in training.items()}
+        lora = {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.0}
+        return read_recipe(Stage2Recipe, None, fields | training | lora | overrides)
+
+    return make
+
+
+def share(loaded, data, rows) -> SharedPrompts:  # noqa: F811
+    model, processor = loaded
+    questions = read_visual_cot(data)
+    return share_prompts(model, VisualCoTCollator(processor)([[questions[row] for row in rows]]))
+
+
+def config_of(model, **settings) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True,
+        pad_token_id=model.config.get_text_config().pad_token_id,
+        top_k=0,
+        **settings,
+    )
+
+
+def history(recipe) -> list[dict]:
+    state = sorted(recipe.checkpoint_folder.glob("checkpoint-*/trainer_state.json"))[-1]
+    return [each for each in json.loads(state.read_text())["log_history"] if "reward" in each]
+
+
+@pytest.mark.parametrize("mask", ["model", "evidence", "all"])
+def test_training_scores_completions_as_generation_does(loaded, data, mask):  # noqa: F811
+    """Ragged prompts, several completions of each, with the masks of the rollout."""
+    model, processor = loaded
+    prompts = share(loaded, data, PROMPTS)
+    total = sum(prompts.visual_counts)
+    if mask != "model":
+        keep = torch.arange(total) % 3 == 0 if mask == "evidence" else torch.ones(total).bool()
+        prompts = prompts.with_masks(keep)
+    set_seed(1)
+    config = config_of(model, max_new_tokens=5, eos_token_id=None)
+    completions, used = sample_completions(model, prompts, ROWS, config)
+    assert completions.shape == (9, 5) and len(set(map(tuple, completions.tolist()))) > 3
+    kept = [int(each.sum()) for each in used.keep_masks]
+    assert kept == used.visual_counts if mask == "all" else 0 < sum(kept) < total
+    with torch.no_grad():
+        logits = completion_logits(model, used, ROWS, completions, torch.ones_like(completions))
+    found = logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
+    for row, prompt in enumerate(ROWS):  # each alone, unpadded, scored while it is generated
+        inputs = used.model_inputs([prompt])
+        real = inputs["attention_mask"][0].bool()
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            inputs[name] = inputs[name][:, real]
+        expected = forced_scores(model, inputs, completions[row])
+        assert (found[row] - expected).abs().max() < 1e-4
+
+
+def forced_scores(model, inputs, completion) -> torch.Tensor:
+    """Log-probabilities that `generate` records when it is made to say the completion."""
+    start = inputs["input_ids"].shape[1]
+    output = model.generate(
+        **inputs,
+        max_new_tokens=len(completion),
+        do_sample=False,
+        eos_token_id=None,
+        prefix_allowed_tokens_fn=lambda row, ids: [int(completion[len(ids) - start])],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert torch.equal(output.sequences[0, start:], completion)
+    log_probs = torch.stack(output.logits, dim=1)[0].log_softmax(-1)
+    return log_probs.gather(-1, completion[:, None])[:, 0]
+
+
+def test_rollouts_prune_as_the_model_does_by_itself(loaded, data):  # noqa: F811
+    """The masks are those of `generate`, and the first token's distribution is its own."""
+    model, processor = loaded
+    prompts = share(loaded, data, PROMPTS)
+    config = config_of(model, max_new_tokens=2)
+    _, used = sample_completions(model, prompts, ROWS, config)
+    own = model.generate(
+        **prompts.model_inputs([0, 1, 2]), max_new_tokens=1, return_dict_in_generate=True
+    )
+    assert torch.equal(torch.cat(used.keep_masks), own.past_key_values.glimpse.keep_mask)
+    assert used.retention == [
+        pytest.approx(visual.retention) for visual in own.past_key_values.glimpse.visuals
+    ]
+
+
+def test_samples_follow_the_models_distribution(loaded, data):  # noqa: F811
+    """Frequencies of first and second tokens over many completions of one prompt."""
+    model, processor = loaded
+    prompts = share(loaded, data, [0])
+    rows = [0] * 4000
+    set_seed(0)
+    config = config_of(model, max_new_tokens=2, temperature=0.7, eos_token_id=None)
+    completions, used = sample_completions(model, prompts, rows, config)
+    with torch.no_grad():
+        logits = completion_logits(
+            model, used, rows[:1], completions[:1], torch.ones_like(completions[:1])
+        )
+    expected = (logits[0, 0] / 0.7).softmax(-1)
+    found = torch.bincount(completions[:, 0], minlength=len(expected)) / len(rows)
+    assert (expected - found).abs().sum() < 0.5 * expected.sqrt().sum() / math.sqrt(len(rows)) * 2
+    assert completions[:, 1].unique().numel() > 1
+
+
+def test_gradients_with_checkpointing_and_shared_prompts_are_those_without(loaded, data):  # noqa: F811
+    """Checkpointing changes nothing, and sharing a prefill sums what its copies would get."""
+    model, processor = loaded
+    prompts = share(loaded, data, PROMPTS)
+    config = config_of(model, max_new_tokens=3, eos_token_id=None)
+    completions, used = sample_completions(model, prompts, ROWS, config)
+    mask = torch.ones_like(completions)
+    weight = model.model.language_model.layers[0].self_attn.q_proj.weight
+
+    def gradient(parts):
+        model.zero_grad()
+        for rows in parts:
+            chosen = [ROWS[row] for row in rows]
+            logits = completion_logits(model, used, chosen, completions[rows], mask[rows])
+            log_probs = logits.log_softmax(-1).gather(-1, completions[rows][..., None])
+            log_probs.sum().backward()
+        return weight.grad.clone()
+
+    model.requires_grad_(True)
+    try:
+        expected = gradient([[row] for row in range(len(ROWS))])
+        shared = gradient([list(range(len(ROWS)))])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model.model.glimpse.eval()
+        checkpointed = gradient([list(range(len(ROWS)))])
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+        model.requires_grad_(False)
+    assert expected.abs().max() > 0
+    assert torch.allclose(shared, expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(checkpointed, shared, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_language_model_is_adapted(make_recipe, glimpsing):
+    recipe = make_recipe()
+    summary = train_stage2(recipe)
+    adapter = Path(recipe.output)
+    names = set(load_file(adapter / "adapter_model.safetensors"))
+    assert names and all(
+        name.startswith("base_model.model.model.language_model.layers.") for name in names
+    )
+    found = {name.split(".")[-3] for name in names}
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert found == linear
+    assert json.loads((adapter / "training_summary.json").read_text()) == summary
+    assert summary["steps"] == 3 and summary["stage"] == 2
+    assert {"reward", "kl", "retention"} <= set(summary["metrics"])
+    assert len(history(recipe)) == 3
+
+
+def test_named_layers_are_those_of_the_language_model_only(loaded):
+    model, _ = loaded
+    config = Lora(target_modules=["q_proj", "down_proj"]).config(model)
+    import re
+
+    hits = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
+    assert len(hits) == 2 * model.config.get_text_config().num_hidden_layers
+    assert all(name.startswith("model.language_model.layers.") for name in hits)
+    with pytest.raises(ValueError, match="qkv is no linear layer of the language model"):
+        Lora(target_modules=["qkv"]).config(model)
+
+
+def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
+    """A reward for a token that has hardly a chance at first makes it frequent."""
+
+    def likes_seven(completions, **known):
+        return [float(text.startswith("7")) for text in completions]
+
+    monkeypatch.setitem(rewards.REWARDS, "anls", likes_seven)
+    recipe = make_recipe(
+        **{"rewards": {"anls": 1.0}, "training.max_steps": 20, "training.learning_rate": 0.03,
+           "training.per_device_train_batch_size": 24, "training.beta": 0.0,
+           "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"}
+    )  # fmt: skip
+    train_stage2(recipe)
+    gained = [entry["reward"] for entry in history(recipe)]
+    assert sum(gained[:4]) / 4 < 0.04 and sum(gained[-8:]) / 8 > 0.12
+
+
+def test_log_probabilities_of_policy_and_reference_start_equal(make_recipe):
+    recipe = make_recipe(**{"training.max_steps": 1, "training.beta": 0.5})
+    train_stage2(recipe)
+    assert history(recipe)[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_several_updates_a_round_use_the_rounds_own_masks(make_recipe):
+    """Old log-probabilities are needed then; micro-batches hold shuffled rows of all prompts."""
+    settings = {
+        "training.per_device_train_batch_size": 4, "training.steps_per_generation": 4,
+        "training.num_iterations": 2, "training.max_steps": 8, "training.learning_rate": 0.0,
+        "training.beta": 0.1, "training.logging_steps": 1,
+    }  # fmt: skip
+    recipe = make_recipe(**settings)
+    train_stage2(recipe)
+    for entry in history(recipe):  # the ratios are 1 and the references equal
+        assert entry["kl"] == pytest.approx(0, abs=1e-6)
+        assert entry["clip_ratio/region_mean"] == 0
+
+
+@pytest.mark.parametrize("mask", ["evidence", "all"])
+def test_masks_that_need_no_glimpse_train_a_stock_base(make_recipe, base, mask):  # noqa: F811
+    recipe = make_recipe(base=str(base), mask=mask)
+    summary = train_stage2(recipe)
+    shares = [entry["retention"] for entry in history(recipe)]
+    assert all(share == 1 for share in shares) if mask == "all" else max(shares) < 1
+    assert summary["steps"] == 3
+
+
+def test_the_models_own_mask_needs_a_trained_glimpse(make_recipe, base):  # noqa: F811
+    with pytest.raises(ValueError, match="no trained glimpse to choose masks"):
+        train_stage2(make_recipe(base=str(base)))
+
+
+def test_rewards_are_weighted_sums(make_recipe):
+    recipe = make_recipe(
+        **{"rewards": {"exact_match": 2.0, "anls": 1, "retention": 0.5}, "training.max_steps": 2}
+    )
+    train_stage2(recipe)
+    for entry in history(recipe):
+        parts = {name: entry[f"rewards/{name}/mean"] for name in recipe.rewards}
+        expected = sum(recipe.rewards[name] * parts[name] for name in parts)
+        assert entry["reward"] == pytest.approx(expected, abs=1e-5)
+        assert parts["retention"] == pytest.approx(1 - entry["retention"], abs=1e-5)
+
+
+def test_reward_functions():
+    known = {"completions": ["7", "71", ""], "answer": ["7", "7", "7"], "prompts": [""] * 3}
+    assert rewards.exact_match(**known) == [1, 0, 0]
+    assert rewards.anls(**known) == [1, 0, 0]
+    assert rewards.retention(retention=[0.25, 1.0], **known) == [0.75, 0]
+
+
+def test_a_judge_rewards(make_recipe):
+    with judge_server(
+        lambda message: "0.25" if "Reference answer: 7" in message else "1"
+    ) as server:
+        judge = {"judge.url": server.url, "judge.model": "stub"}
+        recipe = make_recipe(rewards={"judge": 1.0}, **judge, **{"training.max_steps": 2})
+        train_stage2(recipe)
+        assert len(server.requests) == 16
+    assert {entry["rewards/judge/mean"] for entry in history(recipe)} <= {0.25, 0.625, 1.0}
+
+
+def test_a_judge_that_goes_down_leaves_a_checkpoint(make_recipe, capsys):
+    replies = cycle("10")
+    with judge_server(lambda message: next(replies), []) as server:
+        judge = {
+            "judge.url": server.url, "judge.model": "stub", "judge.retries": 1,
+            "judge.backoff": 0.0, "judge.timeout": 0.2, "judge.concurrency": 1,
+        }  # fmt: skip
+        recipe = make_recipe(rewards={"judge": 1.0}, **judge)
+        server.plan = [200] * 16 + [503] * 99  # two rounds of eight completions
+        with pytest.raises(
+            OSError, match="replied 503.*checkpoint-2 is saved: go on with --resume"
+        ):
+            train_stage2(recipe)
+        assert not Path(recipe.output).exists()
+        server.plan, server.reply = [], lambda message: "1"
+        assert train_stage2(recipe, resume=True)["steps"] == 3
+
+
+def test_a_loss_that_is_no_number_stops(make_recipe, monkeypatch):
+    original = Stage2Trainer._get_per_token_logps_and_entropies
+
+    def broken(self, *args, **kwargs):
+        values, *rest = original(self, *args, **kwargs)
+        return (values * float("nan") if self.state.global_step == 1 else values, *rest)
+
+    monkeypatch.setattr(Stage2Trainer, "_get_per_token_logps_and_entropies", broken)
+    recipe = make_recipe()
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 2 .*ref_per_token_logps"):
+        train_stage2(recipe)
+    assert not Path(recipe.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"colour": 1}, "recipe: unknown field colour"),
+        ({"training.learnin_rate": 1}, "unknown field training.learnin_rate"),
+        ({"training.output_dir": "x"}, "unknown field training.output_dir"),
+        ({"lora.rnk": 1}, "unknown field lora.rnk"),
+        ({"lora.rank": 0}, "rank must be positive"),
+        ({"lora": 3}, "lora must be a mapping"),
+        ({"mask": "mine"}, "mask must be one of model, evidence, all"),
+        ({"rewards": {}}, "there must be one at least"),
+        ({"rewards": {"blue": 1}}, "unknown reward blue"),
+        ({"rewards": {"anls": "1"}}, "weight of anls must be a number"),
+        ({"rewards": {"judge": 1}}, "judge: url is missing"),
+        ({"judge.url": "http://127.0.0.1"}, "no reward of that name"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"base": ""}, "base is missing"),
+        ({"training.num_generations": 3}, "num_generations"),
+        ({"training.use_vllm": True}, "use_vllm: rollouts run through"),
+    ],
+)
+def test_bad_recipes_end_in_a_sentence(make_recipe, capsys, overrides, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    content = yaml.safe_load(yaml.safe_dump(make_recipe().to_dict()))
+    for name, value in overrides.items():
+        section, dot, key = name.partition(".")
+        content[section] = {**content[section], key: value} if dot else value
+    path.write_text(yaml.safe_dump(content))
+    assert main(["train-stage2", "--recipe", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_resumed_training_equals_uninterrupted_training(make_recipe):
+    """A run that stops between checkpoints ends with the same weights."""
+    settings = {"training.max_steps": 4, "training.save_steps": 2}
+    whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+    train_stage2(whole)
+    original = Stage2Trainer._compute_loss
+    try:
+        Stage2Trainer._compute_loss = lambda self, *args: (
+            stop() if self.state.global_step == 3 else original(self, *args)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train_stage2(parts)
+    finally:
+        Stage2Trainer._compute_loss = original
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train_stage2(parts)
+    train_stage2(parts, resume=True)
+    expected, found = (
+        load_file(Path(recipe.output) / "adapter_model.safetensors") for recipe in (whole, parts)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("into", ["repository", "stock"])
+def test_plus_runs_all_three_steps(make_recipe, base, glimpsing, data, tmp_path, capsys, into):  # noqa: F811
+    """And the merged model computes what base and adapter did together."""
+    recipe = make_recipe("unused")
+    path, stage1 = tmp_path / "stage2.yaml", tmp_path / "stage1.yaml"
+    content = {name: value for name, value in recipe.to_dict().items() if name != "output"}
+    path.write_text(yaml.safe_dump(content | {"stage1_recipe": str(stage1)}))
+    glimpse = {"glimpse_layer": 1, "predictor_hidden_size": 16, "predictor_condition_size": 16,
+               "predictor_num_heads": 2}  # fmt: skip
+    training = {"bf16": False, "use_cpu": True, "max_steps": 1, "disable_tqdm": True}
+    stage1.write_text(
+        yaml.safe_dump(
+            {"glimpse": glimpse, "training": training, "start_text": "A"}
+            if into == "stock"
+            else {"training": training, "start_text": "A"}
+        )
+    )
+    output = tmp_path / "plus"
+    merge_base = ["--merge-base", str(base)] if into == "stock" else []
+    assert main(["train-plus", "--recipe", str(path), "--output", str(output), *merge_base]) == 0
+    assert f"repository: {output}" in capsys.readouterr().out
+    from peft import PeftModel
+
+    model, processor, _ = load_for_training(str(glimpsing))
+    adapted = PeftModel.from_pretrained(model, f"{output}.adapter").merge_and_unload()
+    plus, _, _ = load_for_training(str(output))
+    expected, found = adapted.state_dict(), plus.state_dict()
+    changed = [
+        name
+        for name in expected
+        if name in found
+        and "glimpse" not in name
+        and not torch.allclose(expected[name], found[name], atol=1e-6)
+    ]
+    assert not changed
+    moved = (expected["model.glimpse.token.embeddings"], found["model.glimpse.token.embeddings"])
+    assert moved[0].shape == moved[1].shape
+    # Stage 1 went on from the repository's glimpse, and drew a fresh one on the stock base.
+    near = torch.allclose(*moved, atol=1e-2)
+    assert near == (into == "repository")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        from glimpseprune.training.plus import train_plus
+
+        train_plus(recipe, stage1, output)
+
+
+def test_merge_names_the_next_recipe(make_recipe, tmp_path, capsys):
+    recipe = make_recipe(stage1_recipe="recipes/stage1_tiny.yaml")
+    train_stage2(recipe)
+    output = tmp_path / "merged"
+    assert main(["merge", "--adapter", recipe.output, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert f"train-stage1 --recipe recipes/stage1_tiny.yaml --base {output}" in said
+    assert "start_text=null" in said  # the base was a repository, whose glimpse is trained
+    assert load_for_training(str(output))[0].model.glimpse.trained
+    assert main(["merge", "--adapter", str(tmp_path / "no"), "--output", str(tmp_path / "m")]) == 2
+    assert "is no folder here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("qwen2_5_vl_3b", 36), ("qwen2_5_vl_7b", 28), ("llava_1_5_7b", 32), ("tiny", 6)],
+)
+def test_recipes_can_be_read(name, layers, tmp_path):
+    path = REPOSITORY / "recipes" / f"stage2_{name}.yaml"
+    given = {"data": "d", "output": str(tmp_path / "o"), "training.bf16": False}
+    given |= {"training.use_cpu": True, "base": "b"} if name == "tiny" else {}
+    recipe = read_recipe(Stage2Recipe, path, given)
+    assert (REPOSITORY / recipe.stage1_recipe).exists()
+    if name == "tiny":
+        return
+    config, lora = recipe.training_config(), Lora(**recipe.lora)
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (32, 64, 0.05, None)
+    assert (config.num_generations, config.max_completion_length) == (4, 128)
+    assert (config.beta, config.temperature, config.learning_rate) == (0.04, 1.0, 1e-4)
+    assert recipe.mask == "evidence" and config.num_train_epochs == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path):
+    settings = {"training.max_steps": 6, "training.save_steps": 2}
+    whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+    train_stage2(whole)
+    path = tmp_path / "parts.yaml"
+    path.write_text(yaml.safe_dump(parts.to_dict()))
+    command = [sys.executable, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    checkpoint = parts.checkpoint_folder / "checkpoint-4" / "trainer_state.json"
+    while not checkpoint.exists() and process.poll() is None:
+        pass
+    process.kill()
+    assert process.wait() == -9 and not Path(parts.output).exists()
+    subprocess.run([*command, "--resume"], cwd=REPOSITORY, check=True, capture_output=True)
+    expected, found = (
+        load_file(Path(recipe.output) / "adapter_model.safetensors") for recipe in (whole, parts)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

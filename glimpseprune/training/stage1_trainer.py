@@ -84,43 +84,47 @@ class Stage1Trainer(Trainer):
         """
         inputs = dict(inputs)
         names, evidence = inputs.pop("names"), inputs.pop("evidence_mask")
-        inputs = self._with_own_answers(inputs)
-        encoded = {"mm_encoder_outputs": {"image": self._encode_images(inputs)}}
-        labels = inputs.pop("labels")[:, inputs["prompt_length"] :]
-        weights, num_rows = self.args.loss_weights(), len(labels)
-        record, outputs = self._glimpse(model, inputs | encoded)
-        parts = {
-            "dice_loss": dice_loss(record.importance, evidence, record.rows, num_rows),
-            "bce_loss": bce_loss(record.importance, evidence, record.rows, num_rows),
-        }
-        if self.args.grounding_weight > 0:
-            logits = outputs.logits[:, :-1]
-            parts["answer_loss"] = answer_loss(logits, labels).expand(num_rows)
-        if self.args.distillation_weight > 0:
-            parts |= self._distil(model.training, inputs | encoded, labels, record)
-        parts = {name: parts[name] for name in weights}
+        parts, record, outputs = self._parts(model, inputs, evidence)
+        weights = self.args.loss_weights()
         loss = sum(weights[name] * part.mean() for name, part in parts.items())
         if model.training and not loss.isfinite():
             raise LossNotFinite(self.state.global_step + 1, parts, names)
-        figures = mask_figures(record.keep_mask, evidence, record.rows, num_rows)
-        located = torch.zeros(num_rows, dtype=torch.bool, device=evidence.device)
-        located[record.rows[evidence]] = True
-        for name in OF_EVIDENCE:
-            figures[name] = figures[name][located]
+        figures = _figures_of(record, evidence, len(names))
         self._figures["train" if model.training else "eval"].add(parts | figures)
         return (loss, outputs) if return_outputs else loss
 
-    def _glimpse(self, model: nn.Module, inputs: dict) -> tuple[GlimpseRecord, ModelOutput]:
-        """Importance with gradients; for grounding with the answer's logits, every token kept."""
+    def _parts(
+        self, model: nn.Module, inputs: dict, evidence: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], GlimpseRecord, ModelOutput]:
+        """The parts of the loss that have a weight, `(rows,)` each, and what they come from."""
+        wanted = self.args.loss_weights().keys()
+        if not wanted.isdisjoint(("answer_loss", "distillation_loss")):
+            inputs = self._with_own_answers(inputs)
+        inputs["mm_encoder_outputs"] = {"image": self._encode_images(inputs)}
+        labels = inputs.pop("labels")[:, inputs["prompt_length"] :]
+        answers_in_place = "answer_loss" in wanted
+        record, outputs = self._glimpse(model, inputs, answers_in_place)
+        located = (record.importance, evidence, record.rows, len(labels))
+        parts = {"dice_loss": dice_loss(*located), "bce_loss": bce_loss(*located)}
+        if answers_in_place:
+            answer = answer_loss(outputs.logits[:, :-1], labels)
+            parts["answer_loss"] = answer.expand(len(labels))
+        if "distillation_loss" in wanted:
+            parts |= self._distil(model.training, inputs, labels, record)
+        return {name: parts[name] for name in wanted}, record, outputs
+
+    def _glimpse(
+        self, model: nn.Module, inputs: dict, with_answers: bool
+    ) -> tuple[GlimpseRecord, ModelOutput]:
+        """Importance with gradients, and the answers' logits with every token kept if wanted."""
         cache, prompt_length = DynamicCache(), inputs["prompt_length"]
-        whole = self.args.grounding_weight > 0
-        if not whole:
+        if not with_answers:
             inputs = inputs | _text_before(inputs, prompt_length)
         completion = inputs["input_ids"].shape[1] - prompt_length
         outputs = model(
             **inputs,
             in_place=True,
-            only_glimpse=not whole,
+            only_glimpse=not with_answers,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=completion + 1,
@@ -299,6 +303,16 @@ def with_completions(
         completion = torch.where(chosen[:, None], own, given)
         filled[name] = torch.cat([inputs[name][:, :start], completion], dim=1)
     return filled
+
+
+def _figures_of(
+    record: GlimpseRecord, evidence: torch.Tensor, num_rows: int
+) -> dict[str, torch.Tensor]:
+    """Figures of the model's choice; those about evidence for the rows that have any."""
+    figures = mask_figures(record.keep_mask, evidence, record.rows, num_rows)
+    located = torch.zeros(num_rows, dtype=torch.bool, device=evidence.device)
+    located[record.rows[evidence]] = True
+    return figures | {name: figures[name][located] for name in OF_EVIDENCE}
 
 
 def _text_before(inputs: dict, length: int) -> dict[str, torch.Tensor]:

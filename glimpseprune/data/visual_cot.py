@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
+from transformers import ProcessorMixin
 
 FIELDS = ("question", "answer", "image", "bboxs", "dataset", "width", "height")
 
@@ -129,6 +130,28 @@ def evidence_mask(
     for x0, y0, x1, y1 in boxes:
         mask |= _overlap(y0, y1, height, rows)[:, None] & _overlap(x0, x1, width, columns)
     return mask.flatten()
+
+
+def visible_evidence(
+    processor: ProcessorMixin,
+    boxes: Sequence[Box],
+    width: int,
+    height: int,
+    grids: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Which of an image's visual tokens show evidence, view after view, as a processor cuts it.
+
+    Args:
+        processor: a GlimpsePrune processor, which says what part of an image the grids cover.
+        boxes: `(x0, y0, x1, y1)` in pixels of a `width` x `height` image.
+        grids: rows and columns of visual tokens of each view.
+
+    Returns:
+        `(n,)` bool.
+    """
+    left, top, right, bottom = processor.visible_box(width, height)
+    inside = [(x0 - left, y0 - top, x1 - left, y1 - top) for x0, y0, x1, y1 in boxes]
+    return torch.cat([evidence_mask(inside, right - left, bottom - top, grid) for grid in grids])
 
 
 def _overlap(start: float, end: float, length: float, cells: int) -> torch.Tensor:

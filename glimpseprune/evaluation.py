@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .baselines.method import Method, PreparedBatch
 from .baselines.model_sizes import ModelSizes
+from .data.visual_cot_collator import TRANSFORMERS_5
 from .loading import prepare
 from .sample import Sample
 
@@ -55,7 +56,7 @@ class Evaluation:
     Attributes:
         answers: one list a method, in the methods' order.
         seconds: of the whole run.
-        seconds_in_model: of that, inside `generate`.
+        seconds_in_model: of that, inside the vision encoder and `generate`.
     """
 
     answers: list[list[Answer]] = field(default_factory=list)
@@ -80,12 +81,13 @@ def evaluate(
 ) -> Evaluation:
     """Answer every question greedily by every method.
 
-    Batch by batch, so that methods share what the processor made of a batch.
+    Batch by batch, so that methods share what the processor and the vision encoder made of a batch.
     """
     evaluation = Evaluation([[] for _ in methods])
     start = time.perf_counter()
     for batch in tqdm(list(_batches(samples, batch_size)), leave=False, unit="batch"):
-        prepared = prepare_batch(model, processor, batch)
+        prepared, seconds = prepare_batch(model, processor, batch)
+        evaluation.seconds_in_model += seconds
         for method, answers in zip(methods, evaluation.answers, strict=True):
             given, seconds = answer_batch(
                 model, processor, prepared, method, max_new_tokens, metric
@@ -98,15 +100,31 @@ def evaluate(
 
 def prepare_batch(
     model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]
-) -> PreparedBatch:
-    """Model inputs of questions, all with an image or all without."""
+) -> tuple[PreparedBatch, float]:
+    """Questions as the model takes them, all with an image or all without.
+
+    Returns:
+        The batch, and the seconds that the vision encoder took.
+    """
     images = [sample.image for sample in samples]
-    inputs = prepare(
-        processor,
-        None if images[0] is None else images,
-        [sample.question for sample in samples],
-    ).to(model.device)
-    return PreparedBatch(list(samples), inputs, model.model.visual_counts(**inputs))
+    with_images = images[0] is not None
+    questions = [sample.question for sample in samples]
+    inputs = prepare(processor, images if with_images else None, questions).to(model.device)
+    start = time.perf_counter()
+    shares = with_images and TRANSFORMERS_5  # transformers 4 generates from pixels only
+    encoded = encode_images(model, inputs) if shares else inputs
+    seconds = time.perf_counter() - start
+    counts = model.model.visual_counts(**inputs)
+    return PreparedBatch(list(samples), inputs, counts, encoded), seconds
+
+
+def encode_images(model: PreTrainedModel, inputs: dict) -> dict:
+    """Inputs whose pixels are replaced by what the vision encoder makes of them."""
+    pixels, *others = model.model.visual_inputs["image"]
+    taken = {name: inputs[name] for name in (pixels, *others) if name in inputs}
+    features = model.model.encode_visual("image", **taken)
+    left = {name: value for name, value in inputs.items() if name != pixels}
+    return left | {"mm_encoder_outputs": {"image": features}}
 
 
 def answer_batch(
@@ -117,23 +135,24 @@ def answer_batch(
     max_new_tokens: int = 16,
     metric: Metric = exact_match,
 ) -> tuple[list[Answer], float]:
-    """Answers of one method to a batch, and the seconds that `generate` took."""
+    """Answers of one method to a batch, and the seconds spent in the model."""
     presented = [method.present(sample, processor) for sample in batch.samples]
-    shown = batch
+    shown, encoding = batch, 0.0
     if any(new is not old for new, old in zip(presented, batch.samples, strict=True)):
-        shown = prepare_batch(model, processor, presented)
+        shown, encoding = prepare_batch(model, processor, presented)
+    inputs = shown.inputs if method.looks_into_encoder else shown.encoded
     sizes = ModelSizes.of(model.config)
     with method.applied(model, processor, shown) as application:
         start = time.perf_counter()
         generated = model.generate(
-            **shown.inputs,
+            **inputs,
             **application.options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
         completions = generated.sequences[:, shown.inputs["input_ids"].shape[1] :].tolist()
-        seconds = time.perf_counter() - start
+        seconds = encoding + time.perf_counter() - start
     by_layer = application.tokens_by_layer(
         generated.past_key_values, shown.visual_counts, sizes
     ).tolist()

@@ -43,7 +43,7 @@ def chat(question: str, with_image: bool = True) -> list[dict]:
 
 
 def prepare(processor: ProcessorMixin, images: list | None, questions: list[str]) -> dict:
-    """Model inputs of one question a row, left-padded, with one image each unless `images` is None."""
+    """Model inputs of one question a row, left-padded; with an image each, or none at all."""
     with_images = images is not None
     texts = [
         processor.apply_chat_template(

@@ -60,7 +60,7 @@ def prepared(batch) -> PreparedBatch:
         Sample(None, "", "", boxes=((0, 0, 40, 40),), size=(100, 80), number=3),
         Sample(None, "", "", boxes=(), size=(60, 120), number=4),
     ]
-    return PreparedBatch(samples, batch.inputs, batch.visual_counts)
+    return PreparedBatch(samples, batch.inputs, batch.visual_counts, batch.inputs)
 
 
 @torch.no_grad()

@@ -21,11 +21,14 @@ class PreparedBatch:
         samples: the questions, one a row.
         inputs: what `generate` takes, left-padded.
         visual_counts: visual tokens of each row.
+        encoded: the same inputs with the images as the vision encoder left them, for methods that
+            do not look into it.
     """
 
     samples: list[Sample]
     inputs: dict
     visual_counts: list[int]
+    encoded: dict
 
     @property
     def everything(self) -> torch.Tensor:
@@ -104,6 +107,11 @@ class Method:
     @property
     def drops_inside_glimpse_layer(self) -> bool:
         """Whether tokens go between the glimpse layer's attention and its MLP."""
+        return False
+
+    @property
+    def looks_into_encoder(self) -> bool:
+        """Whether the vision encoder has to run under the method's eyes."""
         return False
 
 

@@ -65,6 +65,10 @@ class VisionZip(Method):
         ):
             yield Application({"visual_keep_mask": batch.everything}, masks)
 
+    @property
+    def looks_into_encoder(self) -> bool:
+        return True
+
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return 2 * (visual * sizes.patches) ** 2 * sizes.vision_hidden
 

@@ -8,10 +8,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from modeling_glimpseprune.glimpse_record import GlimpseRecord
+
 from .baselines.method import Method, PreparedBatch
 from .baselines.model_sizes import ModelSizes
 from .data.visual_cot_collator import TRANSFORMERS_5
 from .loading import prepare
+from .metrics import exact_match
 from .sample import Sample
 
 Metric = Callable[[str, str], float]
@@ -62,11 +65,6 @@ class Evaluation:
     answers: list[list[Answer]] = field(default_factory=list)
     seconds: float = 0.0
     seconds_in_model: float = 0.0
-
-
-def exact_match(answer: str, reference: str) -> float:
-    """1 when both are the same but for space around them."""
-    return float(answer.strip() == reference.strip())
 
 
 @torch.inference_mode()
@@ -194,6 +192,12 @@ def summarise(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
         }
         for name, members in groups.items()
     }
+
+
+def retention_by_row(record: GlimpseRecord, visual_counts: list[int]) -> list[float]:
+    """The kept share of each prompt's visual tokens, whatever images and views they are of."""
+    rows = record.keep_mask.split(visual_counts)
+    return [row.float().mean().item() if len(row) else 1.0 for row in rows]
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:

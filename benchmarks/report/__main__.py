@@ -11,8 +11,8 @@ from pathlib import Path
 
 from glimpseprune.baselines.catalogue import compared_methods
 from glimpseprune.commands.evaluate import read_samples
-from glimpseprune.evaluation import exact_match
 from glimpseprune.loading import TINY_MODEL, load_model
+from glimpseprune.metrics import exact_match
 
 from .run import run_methods
 

@@ -64,10 +64,11 @@ def _methods(seed: int) -> list:
 def read_samples(
     data: Path | None, image_folder: Path | None, questions: int, seed: int, kinds=("value",)
 ) -> list:
-    """Questions with their images in memory, grouped by image size.
+    """Questions with their images in memory, in groups by data set, or by image size.
 
     Args:
-        data: JSON lines in the Visual-CoT schema, or None for test pages of the tiny world.
+        data: a file of Visual-CoT, or None for test pages of the tiny world, which are grouped by
+            their size.
         questions: at most so many.
         seed, kinds: of the tiny world's pages and questions.
     """
@@ -77,8 +78,9 @@ def read_samples(
     from ..data.visual_cot_collator import open_image
     from ..sample import Sample
 
+    tiny_world = data is None
     with tempfile.TemporaryDirectory() as folder:
-        if data is None:
+        if tiny_world:
             data = _write_test_pages(Path(folder), questions, seed, kinds)
         rows = read_visual_cot(data, image_folder)[:questions]
         images = {path: open_image(path) for path in dict.fromkeys(row.image for row in rows)}
@@ -87,7 +89,7 @@ def read_samples(
             images[row.image],
             row.question,
             row.answer,
-            "{}x{}".format(*images[row.image].size),
+            "{}x{}".format(*images[row.image].size) if tiny_world else row.dataset,
             row.boxes,
             (row.width, row.height),
             row.image,

@@ -11,7 +11,7 @@ from glimpseprune.visualisation import draw_glimpse
 
 from .records import Record
 
-PAGES, WIDTH, COLOURS = 6, 560, 96
+PAGES, WIDTH, COLOURS = 6, 480, 40
 
 
 def choose(records: Sequence[Record], samples: dict[int, Sample]) -> list[Record]:

@@ -132,7 +132,7 @@ def _adaptation(figures: Figures, kinds: Sequence[Record]) -> list[str]:
     ]
     if kinds:
         parts += [
-            "By kind of question, of which the repository's model card says what it was trained for; "
+            "By kind of question; the model card says what a repository was trained to answer, and "
             "retention can adapt where answers fail:",
             "",
             _groups(kinds, lambda record: record.group),
@@ -165,7 +165,7 @@ def _gallery(pictures: Sequence[tuple[str, Record, Sample]]) -> list[str]:
     parts = [
         "## Pages",
         "",
-        "Left the page with dropped tokens dimmed, right the scores, by GlimpsePrune without bound. "
+        "Left the page with dropped tokens dimmed, right the scores (GlimpsePrune, no bound). "
         "First a question of some groups that it answers, then the first that it does not.",
         "",
     ]

@@ -5,6 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -47,13 +50,17 @@ def own(folder):
     return dict(zip(("all tokens", "capped"), by_number, strict=True))
 
 
-def run(command: list[str], folder: Path) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "HF_HOME": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+def run(command: list[str], folder: Path, **variables: str) -> str:
+    environment = (
+        os.environ
+        | variables
+        | {
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+            "HF_HOME": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -110,6 +117,75 @@ def test_lmms_eval_equals_our_evaluation(folder, own, processes, setting):
     assert throughput["avg_retention"] == pytest.approx(retention)
     assert throughput["avg_seconds_to_first_token"] > 0
     assert throughput["avg_decoded_tokens_per_second"] > 0
+
+
+@needs_lmms_eval
+def test_visual_cot_is_judged(folder, tmp_path):
+    """Pages in the form of Visual-CoT's benchmark; the judge on loopback says one half to each."""
+    lines = (folder / "runs" / "pages" / "test.jsonl").read_text().splitlines()[:3]
+    entries = [conversation(json.loads(line)) for line in lines]
+    benchmark = tmp_path / "viscot_benchmark" / "benchmark" / "docvqa.json"
+    benchmark.parent.mkdir(parents=True)
+    benchmark.write_text(json.dumps(entries))
+    (tmp_path / "viscot_images").symlink_to(folder / "runs" / "pages")
+    with judge_on_loopback() as (url, asked):
+        run(
+            [
+                sys.executable, "-m", "lmms_eval", "--model", "glimpseprune",
+                "--model_args", f"pretrained={TINY_MODEL}",
+                "--include_path", str(TASKS / "lmms_eval_tasks"), "--tasks", "visual_cot_docvqa",
+                "--batch_size", "3", "--log_samples", "--output_path", str(tmp_path / "out"),
+            ],
+            tmp_path,
+            GLIMPSEPRUNE_JUDGE_URL=url,
+            GLIMPSEPRUNE_JUDGE_MODEL="judge",
+        )  # fmt: skip
+    scores = results(tmp_path / "out")["results"]["visual_cot_docvqa"]
+    assert scores["judge,none"] == 0.5 and scores["judge_unread,none"] == 0.0
+    assert len(asked) == 3
+    for entry in entries:
+        question, answer = entry["conversations"][0]["value"], entry["conversations"][-1]["value"]
+        question = question.removeprefix("<image>\n").split(" Please")[0]
+        assert any(question in prompt and answer in prompt for prompt in asked)
+
+
+def conversation(row: dict) -> dict:
+    values = [
+        f"<image>\n{row['question']} Please provide the bounding box coordinate of the region.",
+        "[0, 0, 1, 1]",
+        "<image>",
+        row["answer"],
+    ]
+    roles = ("human", "gpt", "human", "gpt")
+    turns = [{"from": r, "value": value} for r, value in zip(roles, values, strict=True)]
+    image = [row["image"], f"{row['image']}###{row['bboxs'][0]}"]
+    return {"dataset": "docvqa", "split": "val", "image": image, "conversations": turns}
+
+
+@contextmanager
+def judge_on_loopback():
+    """Address of a judge that says 0.5, and the prompts it was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["messages"][0]["content"])
+            reply = json.dumps({"choices": [{"message": {"content": "0.5"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
 
 
 @needs_lm_eval

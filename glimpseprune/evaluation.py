@@ -1,118 +1,197 @@
-"""Accuracy and retention of a model over questions about images, one result a setting."""
+"""Answers, accuracy and visual tokens of methods over questions about images."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 
+from .baselines.method import Method, PreparedBatch
+from .baselines.model_sizes import ModelSizes
+from .data.visual_cot_collator import TRANSFORMERS_5
 from .loading import prepare
+from .metrics import exact_match
+from .sample import Sample
+
+Metric = Callable[[str, str], float]
+"""Takes an answer and the reference, gives a score in [0, 1]."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One question about one image; `group` names what results are broken down by."""
+class Answer:
+    """What a method made of one question.
 
-    image: Image.Image
-    question: str
-    answer: str
-    group: str = "all"
+    Attributes:
+        sample: the question.
+        text: the answer.
+        score: the metric's.
+        visual: visual tokens of the image as given; a resized image has fewer of its own.
+        prompt: text tokens of the prompt.
+        by_layer: visual tokens that each decoder layer worked on.
+    """
 
+    sample: Sample
+    text: str
+    score: float
+    visual: int
+    prompt: int
+    by_layer: tuple[int, ...]
 
-Options = Callable[[list[int]], dict[str, object]]
-"""Options of `generate` for a batch, given each row's number of visual tokens."""
+    @property
+    def kept(self) -> float:
+        """Share of the visual tokens that the last layer, and the answer, worked on."""
+        return self.by_layer[-1] / self.visual
 
-
-def all_tokens(visual_counts: list[int]) -> dict[str, object]:
-    """The stock model."""
-    return {"prune": False}
-
-
-def pruned(**settings: object) -> Options:
-    """The model's own pruning, with settings for this run."""
-    return lambda visual_counts: dict(settings)
-
-
-def random_tokens(max_keep_ratio: float, seed: int) -> Options:
-    """As many tokens as the bound allows, drawn blindly: what a mask has to beat."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def options(visual_counts: list[int]) -> dict[str, object]:
-        ranks = [torch.randperm(count, generator=generator) for count in visual_counts]
-        masks = [
-            rank < max(1, int(max_keep_ratio * count))
-            for rank, count in zip(ranks, visual_counts, strict=True)
-        ]
-        return {"visual_keep_mask": torch.cat(masks)}
-
-    return options
+    @property
+    def over_layers(self) -> float:
+        """Share of the visual tokens that a layer worked on, averaged over layers."""
+        return sum(self.by_layer) / len(self.by_layer) / self.visual
 
 
 @dataclass
-class Result:
-    """Counts of one setting, whole and by group."""
+class Evaluation:
+    """Answers by method, in the order in which questions were asked, and where the time went.
 
-    correct: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    questions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    retention: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    Attributes:
+        answers: one list a method, in the methods' order.
+        seconds: of the whole run.
+        seconds_in_model: of that, inside the vision encoder and `generate`.
+    """
 
-    def add(self, group: str, correct: bool, retention: float) -> None:
-        for name in ("all", group) if group != "all" else ("all",):
-            self.correct[name] += correct
-            self.questions[name] += 1
-            self.retention[name] += retention
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Per group: questions, exact-match accuracy, mean retention over the questions."""
-        return {
-            name: {
-                "questions": count,
-                "accuracy": self.correct[name] / count,
-                "retention": self.retention[name] / count,
-            }
-            for name, count in self.questions.items()
-        }
+    answers: list[list[Answer]] = field(default_factory=list)
+    seconds: float = 0.0
+    seconds_in_model: float = 0.0
 
 
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: list[Sample],
-    options: Options,
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
     batch_size: int = 16,
     max_new_tokens: int = 16,
-) -> Result:
-    """Answer every question greedily and compare with the reference by exact match.
+    metric: Metric = exact_match,
+) -> Evaluation:
+    """Answer every question greedily by every method.
 
-    Retention of a question is kept over all visual tokens of its prompt; means are over questions.
+    Batch by batch, so that methods share what the processor and the vision encoder made of a batch.
     """
-    result = Result()
-    for batch in tqdm(list(_batches(samples, batch_size)), leave=False):
-        inputs = prepare(
-            processor, [sample.image for sample in batch], [sample.question for sample in batch]
-        ).to(model.device)
-        visual_counts = model.model.visual_counts(**inputs)
+    evaluation = Evaluation([[] for _ in methods])
+    start = time.perf_counter()
+    for batch in tqdm(list(_batches(samples, batch_size)), leave=False, unit="batch"):
+        prepared, seconds = prepare_batch(model, processor, batch)
+        evaluation.seconds_in_model += seconds
+        for method, answers in zip(methods, evaluation.answers, strict=True):
+            given, seconds = answer_batch(
+                model, processor, prepared, method, max_new_tokens, metric
+            )
+            answers += given
+            evaluation.seconds_in_model += seconds
+    evaluation.seconds = time.perf_counter() - start
+    return evaluation
+
+
+def prepare_batch(
+    model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]
+) -> tuple[PreparedBatch, float]:
+    """Questions as the model takes them, all with an image or all without.
+
+    Returns:
+        The batch, and the seconds that the vision encoder took.
+    """
+    images = [sample.image for sample in samples]
+    with_images = images[0] is not None
+    questions = [sample.question for sample in samples]
+    inputs = prepare(processor, images if with_images else None, questions).to(model.device)
+    start = time.perf_counter()
+    shares = with_images and TRANSFORMERS_5  # transformers 4 generates from pixels only
+    encoded = encode_images(model, inputs) if shares else inputs
+    seconds = time.perf_counter() - start
+    counts = model.model.visual_counts(**inputs)
+    return PreparedBatch(list(samples), inputs, counts, encoded), seconds
+
+
+def encode_images(model: PreTrainedModel, inputs: dict) -> dict:
+    """Inputs whose pixels are replaced by what the vision encoder makes of them."""
+    pixels, *others = model.model.visual_inputs["image"]
+    taken = {name: inputs[name] for name in (pixels, *others) if name in inputs}
+    features = model.model.encode_visual("image", **taken)
+    left = {name: value for name, value in inputs.items() if name != pixels}
+    return left | {"mm_encoder_outputs": {"image": features}}
+
+
+def answer_batch(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    batch: PreparedBatch,
+    method: Method,
+    max_new_tokens: int = 16,
+    metric: Metric = exact_match,
+) -> tuple[list[Answer], float]:
+    """Answers of one method to a batch, and the seconds spent in the model."""
+    presented = [method.present(sample, processor) for sample in batch.samples]
+    shown, encoding = batch, 0.0
+    if any(new is not old for new, old in zip(presented, batch.samples, strict=True)):
+        shown, encoding = prepare_batch(model, processor, presented)
+    inputs = shown.inputs if method.looks_into_encoder else shown.encoded
+    sizes = ModelSizes.of(model.config)
+    with method.applied(model, processor, shown) as application:
+        start = time.perf_counter()
         generated = model.generate(
             **inputs,
-            **options(visual_counts),
+            **application.options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
-        completions = generated.sequences[:, inputs["input_ids"].shape[1] :]
-        answers = processor.batch_decode(completions, skip_special_tokens=True)
-        retention = [1.0] * len(batch)
-        if hasattr(generated.past_key_values, "glimpse"):
-            retention = retention_by_row(generated.past_key_values.glimpse, visual_counts)
-        for sample, answer, share in zip(batch, answers, retention, strict=True):
-            result.add(sample.group, answer.strip() == sample.answer.strip(), share)
-    return result
+        completions = generated.sequences[:, shown.inputs["input_ids"].shape[1] :].tolist()
+        seconds = encoding + time.perf_counter() - start
+    by_layer = application.tokens_by_layer(
+        generated.past_key_values, shown.visual_counts, sizes
+    ).tolist()
+    texts = processor.batch_decode(completions, skip_special_tokens=True)
+    lengths = shown.inputs["attention_mask"].sum(1).tolist()
+    answers = [
+        Answer(
+            sample,
+            text.strip(),
+            metric(text, sample.answer),
+            visual,
+            length - visual_shown,
+            tuple(layers),
+        )
+        for sample, text, visual, length, visual_shown, layers in zip(
+            batch.samples,
+            texts,
+            batch.visual_counts,
+            lengths,
+            shown.visual_counts,
+            by_layer,
+            strict=True,
+        )
+    ]
+    return answers, seconds
+
+
+def summarise(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    """Per group, and over all: questions, mean score and mean share of visual tokens kept."""
+    groups: dict[str, list[Answer]] = {"all": list(answers)}
+    for answer in answers:
+        if answer.sample.group != "all":
+            groups.setdefault(answer.sample.group, []).append(answer)
+    return {
+        name: {
+            "questions": len(members),
+            "accuracy": sum(answer.score for answer in members) / len(members),
+            "retention": sum(answer.kept for answer in members) / len(members),
+        }
+        for name, members in groups.items()
+    }
 
 
 def retention_by_row(record: GlimpseRecord, visual_counts: list[int]) -> list[float]:
@@ -121,7 +200,7 @@ def retention_by_row(record: GlimpseRecord, visual_counts: list[int]) -> list[fl
     return [row.float().mean().item() if len(row) else 1.0 for row in rows]
 
 
-def _batches(samples: list[Sample], batch_size: int) -> Iterator[list[Sample]]:
+def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
     """Batches of images of one size, so that no prompt is padded for another's image."""
     by_size = sorted(samples, key=lambda sample: sample.image.size)
     for start in range(0, len(by_size), batch_size):

@@ -36,16 +36,19 @@ def load_model(
     return model.to(device).eval(), processor
 
 
-def chat(question: str) -> list[dict]:
-    """One user message with an image and a question, for `apply_chat_template`."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
+def chat(question: str, with_image: bool = True) -> list[dict]:
+    """One user message with a question and, ahead of it, an image, for `apply_chat_template`."""
+    content = [{"type": "image"}] if with_image else []
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def prepare(processor: ProcessorMixin, images: list, questions: list[str]) -> dict:
-    """Model inputs of one image and one question a row, left-padded."""
+def prepare(processor: ProcessorMixin, images: list | None, questions: list[str]) -> dict:
+    """Model inputs of one question a row, left-padded; with an image each, or none at all."""
+    with_images = images is not None
     texts = [
-        processor.apply_chat_template(chat(question), add_generation_prompt=True, tokenize=False)
+        processor.apply_chat_template(
+            chat(question, with_images), add_generation_prompt=True, tokenize=False
+        )
         for question in questions
     ]
     return processor(images=images, text=texts, padding=True, return_tensors="pt")

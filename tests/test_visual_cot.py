@@ -257,3 +257,75 @@ def test_collator_errors(folder, processor):
     twice = make_row(folder, question="What is <|image_pad|>?")
     with pytest.raises(ValueError, match="must hold <|image_pad|> once"):
         VisualCoTCollator(processor)([[twice]])
+
+
+def conversation(name="page.png", box="[10, 20, 60, 40]", **fields) -> dict:
+    """An entry as the published training set and benchmark hold it."""
+    turns = [
+        (
+            "human",
+            "<image>\nWho? Please provide the bounding box coordinate of the region that ...",
+        ),
+        ("gpt", "[0.1, 0.2, 0.5, 0.4]"),
+        ("human", "<image>"),
+        ("gpt", "A. C. Monk"),
+    ]
+    return {
+        "dataset": "docvqa",
+        "image": [name, f"{name}###{box}"],
+        "conversations": [{"from": role, "value": value} for role, value in turns],
+    } | fields
+
+
+def write_json(folder, *entries):
+    path = folder / "docvqa.json"
+    path.write_text(json.dumps(list(entries)), encoding="utf-8")
+    return path
+
+
+def test_reads_published_conversations(folder):
+    path = write_json(
+        folder, conversation(), conversation("wide.png", "[-3, 1.5, 150, 30]", dataset="gqa")
+    )
+    first, second = read_visual_cot(path)
+    assert first == VisualCoTRow(
+        "Who?", "A. C. Monk", folder / "page.png", ((10, 20, 60, 40),), 112, 84, "docvqa"
+    )
+    assert second.boxes == ((0, 1.5, 140, 30),)  # cut to the image
+    assert (second.width, second.height, second.dataset) == (140, 56, "gqa")
+
+
+def test_conversations_without_a_box(folder):
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Me"}]
+    entry = {"image": "page.png", "conversations": turns}
+    path = write_json(folder, entry, conversation())
+    with pytest.raises(VisualCoTError, match=r"docvqa\.json, entry 0: .*bboxs is empty"):
+        read_visual_cot(path)
+    rows = read_visual_cot(path, skip_rows_without_boxes=True)
+    assert [row.answer for row in rows] == ["A. C. Monk"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (conversation("missing.png"), "entry 1: there is no image .*missing.png"),
+        (conversation("docvqa.json"), "entry 1: cannot read the image"),
+        (conversation(box="[60, 20, 10, 40]"), "entry 1: .*empty or inverted"),
+        (conversation(box="[200, 20, 300, 40]"), "entry 1: .*empty or inverted"),
+        (conversation(image=[]), "entry 1: image must name"),
+        (conversation(conversations=[{"value": "Who?"}]), "entry 1: conversations must hold"),
+        (conversation(conversations=[{"value": 1}, {}]), "entry 1: every turn"),
+        ("text", "entry 1: not a JSON object"),
+    ],
+)
+def test_bad_conversations_name_file_and_entry(folder, entry, message):
+    with pytest.raises(VisualCoTError, match=message):
+        read_visual_cot(write_json(folder, conversation(), entry))
+
+
+@pytest.mark.parametrize(("text", "message"), [("[", "not JSON"), ("{}", "not a list")])
+def test_files_that_are_no_list_of_conversations(folder, text, message):
+    path = folder / "docvqa.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(VisualCoTError, match=message):
+        read_visual_cot(path)

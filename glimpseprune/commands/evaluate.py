@@ -23,21 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import json
-    import tempfile
 
-    from ..evaluation import evaluate
+    from ..baselines.catalogue import label
+    from ..evaluation import evaluate, summarise
     from ..loading import TINY_MODEL, load_model
 
     model, processor = load_model(arguments.model or TINY_MODEL)
-    with tempfile.TemporaryDirectory() as folder:
-        samples = _samples(arguments, Path(folder))
-        results = {}
-        for name, options in _settings(arguments.seed).items():
-            result = evaluate(
-                model, processor, samples, options, arguments.batch_size, arguments.max_new_tokens
-            )
-            results[name] = result.summary()
-            _print_row(name, results[name]["all"])
+    samples = read_samples(
+        arguments.data, arguments.image_folder, arguments.questions, arguments.seed
+    )
+    methods = _methods(arguments.seed)
+    evaluation = evaluate(
+        model, processor, samples, methods, arguments.batch_size, arguments.max_new_tokens
+    )
+    results = {}
+    for method, answers in zip(methods, evaluation.answers, strict=True):
+        results[label(method)] = summarise(answers)
+        _print_row(label(method), results[label(method)]["all"])
+    print(f"time in the model: {evaluation.seconds_in_model / evaluation.seconds:.1%}")
     report = {"settings": _describe(arguments, model, len(samples)), "results": results}
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -45,46 +48,70 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(seed: int) -> dict:
-    from ..evaluation import all_tokens, pruned, random_tokens
+def _methods(seed: int) -> list:
+    from ..baselines.method import Method, OwnPruning
+    from ..baselines.random_tokens import RandomTokens
+    from ..baselines.scorer import AtGlimpseLayer
 
-    return {
-        "all tokens": all_tokens,
-        "pruned": pruned(),
-        f"pruned, max_keep_ratio {CAP}": pruned(max_keep_ratio=CAP),
-        f"random, keep ratio {CAP}": random_tokens(CAP, seed),
-    }
+    return [
+        Method(),
+        OwnPruning(),
+        OwnPruning("GlimpsePrune, capped", CAP),
+        AtGlimpseLayer("random, at layer K", CAP, seed, RandomTokens(seed)),
+    ]
 
 
-def _samples(arguments: argparse.Namespace, folder: Path) -> list:
-    """The questions asked, images in memory; results are grouped by image size."""
+def read_samples(
+    data: Path | None, image_folder: Path | None, questions: int, seed: int, kinds=("value",)
+) -> list:
+    """Questions with their images in memory, in groups by data set, or by image size.
+
+    Args:
+        data: a file of Visual-CoT, or None for test pages of the tiny world, which are grouped by
+            their size.
+        questions: at most so many.
+        seed, kinds: of the tiny world's pages and questions.
+    """
+    import tempfile
+
     from ..data.visual_cot import read_visual_cot
-    from ..evaluation import Sample
-    from .ask import open_image
+    from ..data.visual_cot_collator import open_image
+    from ..sample import Sample
 
-    data = arguments.data
-    if data is None:
-        data = _write_test_pages(folder, arguments.questions, arguments.seed)
-    rows = read_visual_cot(data, arguments.image_folder)[: arguments.questions]
-    samples = []
-    for row in rows:
-        image = open_image(row.image)
-        group = f"{image.width}x{image.height}"
-        samples.append(Sample(image, row.question, row.answer, group))
-    return samples
+    tiny_world = data is None
+    with tempfile.TemporaryDirectory() as folder:
+        if tiny_world:
+            data = _write_test_pages(Path(folder), questions, seed, kinds)
+        rows = read_visual_cot(data, image_folder)[:questions]
+        images = {path: open_image(path) for path in dict.fromkeys(row.image for row in rows)}
+    return [
+        Sample(
+            images[row.image],
+            row.question,
+            row.answer,
+            "{}x{}".format(*images[row.image].size) if tiny_world else row.dataset,
+            row.boxes,
+            (row.width, row.height),
+            row.image,
+            number,
+        )
+        for number, row in enumerate(rows)
+    ]
 
 
-def _write_test_pages(folder: Path, questions: int, seed: int) -> Path:
+def _write_test_pages(folder: Path, questions: int, seed: int, kinds: tuple[str, ...]) -> Path:
     from ..tiny_world.dataset import write_pages
+    from ..tiny_world.pages import PageSettings
 
     questions_a_page = 4
     pages = range(-(-questions // questions_a_page) + questions // 20 + 1)
-    return write_pages(folder, "test", pages, seed, questions_a_kind=questions_a_page)
+    settings = PageSettings(kinds=kinds)
+    return write_pages(folder, "test", pages, seed, settings, questions_a_page)
 
 
 def _print_row(name: str, figures: dict[str, float]) -> None:
     print(
-        f"{name:32} accuracy {figures['accuracy']:.4f}  retention {figures['retention']:.4f}  "
+        f"{name:34} accuracy {figures['accuracy']:.4f}  retention {figures['retention']:.4f}  "
         f"questions {figures['questions']}",
         flush=True,
     )

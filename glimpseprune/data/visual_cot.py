@@ -1,26 +1,35 @@
-"""Questions with evidence boxes, from JSON lines in the schema of Visual-CoT.
+"""Questions with evidence boxes, from files of Visual-CoT (arXiv 2403.16999).
 
-Each line holds `question`, `answer`, `image` (a path relative to a folder), `bboxs` (a list of
+Two forms are read. JSON lines (`.jsonl`) are Visual-CoT's metadata, and the tiny world's: each line
+holds `question`, `answer`, `image` (a path relative to a folder), `bboxs` (a list of
 `[x0, y0, x1, y1]` in pixels, ends excluded), `dataset`, and the `width` and `height` that the boxes
-refer to. Other fields are ignored.
+refer to. JSON (`.json`) is the form of its training set and its benchmark: a list of conversations,
+see `conversation_fields`. Other fields are ignored.
 """
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
+from transformers import ProcessorMixin
 
 FIELDS = ("question", "answer", "image", "bboxs", "dataset", "width", "height")
+BOX_REQUEST = "Please provide the bounding box"
+NUMBER = r"\s*(-?[\d.]+)\s*"
+BOX = re.compile(rf"###\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 Box = tuple[float, float, float, float]
 
 
 class VisualCoTError(ValueError):
-    """A line that cannot be used; the message begins with its file and number."""
+    """A line or entry that cannot be used; the message begins with its file and number."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,10 @@ def read_visual_cot(
     need_boxes: bool = True,
     need_answers: bool = True,
 ) -> list[VisualCoTRow]:
-    """Read a JSON-lines file and check every line of it.
+    """Read a file and check every question of it.
 
     Args:
-        path: the file; empty lines are skipped.
+        path: `.json` for conversations, else JSON lines; empty lines are skipped.
         image_folder: folder that image paths are relative to; default: the file's own.
         skip_rows_without_boxes: leave out questions without evidence instead of refusing them.
         need_boxes: False takes lines without boxes, or without the field.
@@ -96,23 +105,106 @@ def read_visual_cot(
     """
     path = Path(path)
     folder = path.parent if image_folder is None else Path(image_folder)
-    rows, known_images = [], set()
+    rows, known_images = [], {}
     optional = {"bboxs": []} if not need_boxes else {}
     if not need_answers:
         optional["answer"] = None
+    for place, parse in _entries(path, folder, known_images, optional):
+        try:
+            row = parse()
+            if not row.boxes and skip_rows_without_boxes:
+                continue
+            _check_row(row, known_images, need_boxes)
+        except ValueError as error:
+            raise VisualCoTError(f"{path}, {place}: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def _entries(
+    path: Path,
+    folder: Path,
+    known_images: dict[Path, tuple[int, int] | None],
+    optional: dict[str, object],
+) -> Iterator[tuple[str, Callable[[], VisualCoTRow]]]:
+    """Where each question stands in a file, and how to read it."""
+    if path.suffix == ".json":
+        for number, entry in enumerate(_read_list(path)):
+            yield f"entry {number}", partial(_parse_conversation, entry, folder, known_images)
+        return
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = _parse_row(line, folder, optional)
-                if not row.boxes and skip_rows_without_boxes:
-                    continue
-                _check_row(row, known_images, need_boxes)
-            except ValueError as error:
-                raise VisualCoTError(f"{path}, line {number}: {error}") from error
-            rows.append(row)
-    return rows
+            if line.strip():
+                yield f"line {number}", partial(_parse_row, line, folder, optional)
+
+
+def _read_list(path: Path) -> list:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise VisualCoTError(f"{path}: not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise VisualCoTError(f"{path}: not a list of conversations but {type(entries).__name__}")
+    return entries
+
+
+def conversation_fields(entry: object) -> tuple[str, str, str, list[float]]:
+    """Question, answer, image path and evidence box of one conversation.
+
+    An entry's `image` lists the image and the image again with `###[x0, y0, x1, y1]` behind it, the
+    box in its pixels; its `conversations` hold the question with a request for the box, the box,
+    the cut-out image and the answer. Entries without a box have two turns and one image.
+
+    Raises:
+        ValueError: when it is of another form.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"not a JSON object but a {type(entry).__name__}")
+    images, turns = entry.get("image"), entry.get("conversations")
+    images = [images] if isinstance(images, str) else images
+    if not images or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"image must name one image or two, got {images!r}")
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise ValueError(f"conversations must hold a question and an answer, got {turns!r}")
+    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("every turn of conversations must have a text as its value")
+    question = texts[0].split(BOX_REQUEST)[0].replace("<image>", "").strip()
+    found = BOX.search(images[-1])
+    box = [float(edge) for edge in found.groups()] if found else []
+    return question, texts[-1], images[0].split("###")[0], box
+
+
+def _parse_conversation(
+    entry: object, folder: Path, known_images: dict[Path, tuple[int, int] | None]
+) -> VisualCoTRow:
+    """Boxes of published entries may reach over the image's edge; they are cut to it."""
+    question, answer, name, box = conversation_fields(entry)
+    image = folder / name
+    if known_images.get(image) is None:
+        known_images[image] = image_size(image)
+    width, height = known_images[image]
+    boxes = []
+    if box:
+        x0, y0, x1, y1 = box
+        boxes = [_box([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], width, height)]
+    dataset = str(entry.get("dataset", image.parent.name))
+    return VisualCoTRow(question, answer, image, tuple(boxes), width, height, dataset)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height, read from the file's head.
+
+    Raises:
+        ValueError: when there is no such image.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no image {path}")
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
 def evidence_mask(
@@ -137,6 +229,28 @@ def evidence_mask(
     for x0, y0, x1, y1 in boxes:
         mask |= _overlap(y0, y1, height, rows)[:, None] & _overlap(x0, x1, width, columns)
     return mask.flatten()
+
+
+def visible_evidence(
+    processor: ProcessorMixin,
+    boxes: Sequence[Box],
+    width: int,
+    height: int,
+    grids: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Which of an image's visual tokens show evidence, view after view, as a processor cuts it.
+
+    Args:
+        processor: a GlimpsePrune processor, which says what part of an image the grids cover.
+        boxes: `(x0, y0, x1, y1)` in pixels of a `width` x `height` image.
+        grids: rows and columns of visual tokens of each view.
+
+    Returns:
+        `(n,)` bool.
+    """
+    left, top, right, bottom = processor.visible_box(width, height)
+    inside = [(x0 - left, y0 - top, x1 - left, y1 - top) for x0, y0, x1, y1 in boxes]
+    return torch.cat([evidence_mask(inside, right - left, bottom - top, grid) for grid in grids])
 
 
 def _overlap(start: float, end: float, length: float, cells: int) -> torch.Tensor:
@@ -215,7 +329,9 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_row(row: VisualCoTRow, known_images: set[Path], need_boxes: bool) -> None:
+def _check_row(
+    row: VisualCoTRow, known_images: dict[Path, tuple[int, int] | None], need_boxes: bool
+) -> None:
     if need_boxes and not row.boxes:
         raise ValueError(
             "bboxs is empty: without evidence there is nothing to learn from "
@@ -223,4 +339,4 @@ def _check_row(row: VisualCoTRow, known_images: set[Path], need_boxes: bool) -> 
         )
     if row.image not in known_images and not row.image.is_file():
         raise ValueError(f"there is no image {row.image}")
-    known_images.add(row.image)
+    known_images.setdefault(row.image, None)

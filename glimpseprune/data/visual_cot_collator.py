@@ -14,7 +14,7 @@ from transformers import ProcessorMixin, Qwen2_5_VLProcessor
 
 from modeling_glimpseprune.processing_glimpseprune import ImageLayout
 
-from .visual_cot import VisualCoTRow, evidence_mask
+from .visual_cot import VisualCoTRow, visible_evidence
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 IGNORED_LABEL = -100
@@ -90,10 +90,7 @@ class VisualCoTCollator:
 
     def _evidence(self, row: VisualCoTRow, layout: ImageLayout) -> torch.Tensor:
         """Which of a row's visual tokens show evidence: `(n,)` bool, view after view."""
-        left, top, right, bottom = self.processor.visible_box(row.width, row.height)
-        boxes = [(x0 - left, y0 - top, x1 - left, y1 - top) for x0, y0, x1, y1 in row.boxes]
-        masks = [evidence_mask(boxes, right - left, bottom - top, grid) for grid in layout.grids]
-        return torch.cat(masks)
+        return visible_evidence(self.processor, row.boxes, row.width, row.height, layout.grids)
 
     def _prompt(self, row: VisualCoTRow, num_placeholders: int) -> list[int]:
         content = [{"type": "image"}, {"type": "text", "text": row.question}]

@@ -1,0 +1,42 @@
+"""Runs methods over questions and keeps what they answered."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from glimpseprune.baselines.method import Method
+from glimpseprune.evaluation import Metric, evaluate
+from glimpseprune.sample import Sample
+
+from .records import Record, append_records, read_records
+
+
+def run_methods(
+    model,
+    processor,
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
+    path: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    metric: Metric,
+) -> None:
+    """Answer what the file does not hold yet, and add it there batch by batch."""
+    settings = {(method.name, method.ratio, method.seed) for method in methods}
+    held: dict[int, set] = {}
+    for record in read_records(path):
+        held.setdefault(record.number, set()).add(record.setting)
+    left = [sample for sample in samples if not settings <= held.get(sample.number, set())]
+    by_size = sorted(left, key=lambda sample: sample.image.size)
+    for start in tqdm(range(0, len(by_size), batch_size), unit="batch"):
+        batch = by_size[start : start + batch_size]
+        evaluation = evaluate(model, processor, batch, methods, batch_size, max_new_tokens, metric)
+        append_records(
+            path,
+            (
+                Record.of(method, answer)
+                for method, answers in zip(methods, evaluation.answers, strict=True)
+                for answer in answers
+            ),
+        )

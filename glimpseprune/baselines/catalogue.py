@@ -1,0 +1,46 @@
+"""The methods that a report compares."""
+
+from .divprune import DivPrune
+from .fastv import FastV
+from .method import Method, OwnPruning, TextOnly
+from .oracle_evidence import OracleEvidence
+from .pyramiddrop import PyramidDrop
+from .random_tokens import RandomTokens
+from .raw_attention import RawGlimpseToken, RawLastToken
+from .resized_image import ResizedImage
+from .scorer import AtGlimpseLayer, BeforeDecoder
+from .uniform_grid import UniformGrid
+from .visionzip import VisionZip
+
+RATIOS = (0.111, 0.222, 0.333)  # the paper's bound, one visual token in nine, and its multiples
+
+
+def compared_methods(
+    ratios: tuple[float, ...] = RATIOS, seeds: tuple[int, ...] = (0, 1, 2)
+) -> list[Method]:
+    """Every method at every ratio; those that know none once."""
+    methods = [Method(), TextOnly(), OracleEvidence(), OwnPruning()]
+    for ratio in ratios:
+        methods += [
+            OwnPruning("GlimpsePrune, capped", ratio),
+            RawGlimpseToken(ratio=ratio),
+            RawLastToken(ratio=ratio),
+            FastV(ratio=ratio),
+            PyramidDrop(ratio=ratio),
+            VisionZip(ratio=ratio),
+            BeforeDecoder("DivPrune-like", ratio, scorer=DivPrune()),
+            ResizedImage(ratio=ratio),
+            AtGlimpseLayer("uniform grid, at layer K", ratio, scorer=UniformGrid()),
+            BeforeDecoder("uniform grid, before the decoder", ratio, scorer=UniformGrid()),
+        ]
+        for seed in seeds:
+            drawn = RandomTokens(seed)
+            at_layer = AtGlimpseLayer("random, at layer K", ratio, seed, drawn)
+            before = BeforeDecoder("random, before the decoder", ratio, seed, drawn)
+            methods += [at_layer, before]
+    return methods
+
+
+def label(method: Method) -> str:
+    """A method's name with its ratio, as in a line of a table."""
+    return method.name if method.ratio is None else f"{method.name}, {method.ratio:.1%}"

@@ -1,0 +1,75 @@
+"""The visual tokens of one prompt, as a scoring rule sees them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import ProcessorMixin
+
+from modeling_glimpseprune.pruned_forward import PruneRequest
+
+from ..data.visual_cot import visible_evidence
+from ..sample import Sample
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """What is known of a prompt's n visual tokens before the decoder runs.
+
+    Attributes:
+        embeddings: `(n, hidden)`, as the decoder takes them.
+        geometry: `(n, 6)` frame, row and column of each token, then its image's frames, height and
+            width in tokens.
+        evidence: `(n,)` bool, True where the data set's boxes lie.
+        number: the question's number in its data set.
+        budget: tokens that may be kept.
+    """
+
+    embeddings: torch.Tensor
+    geometry: torch.Tensor
+    evidence: torch.Tensor
+    number: int
+    budget: int
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+
+def budget_of(visual: int, ratio: float | None) -> int:
+    """Tokens that a share of a prompt's visual tokens comes to: one at least, as for a glimpse."""
+    return visual if ratio is None else max(1, int(ratio * visual))
+
+
+def prompts_of(
+    request: PruneRequest,
+    inputs_embeds: torch.Tensor,
+    processor: ProcessorMixin,
+    samples: list[Sample],
+    ratio: float | None,
+) -> list[PromptTokens]:
+    """The visual tokens of each prompt of a batch.
+
+    Args:
+        request: what the backbone asks of the decoder.
+        inputs_embeds: `(batch, length, hidden)`.
+        samples: the questions, one a row.
+    """
+    tokens = request.tokens
+    counts = torch.bincount(tokens.rows, minlength=len(samples)).tolist()
+    embeddings = inputs_embeds[tokens.rows, tokens.columns].split(counts)
+    starts = torch.tensor([0, *tokens.sizes[:-1]]).cumsum(0)
+    views = zip(tokens.rows[starts].tolist(), tokens.geometry[starts, 4:].tolist(), strict=True)
+    grids: list[list[tuple[int, int]]] = [[] for _ in samples]
+    for row, (height, width) in views:
+        grids[row].append((height, width))
+    return [
+        PromptTokens(
+            embeddings[row],
+            geometry,
+            visible_evidence(processor, sample.boxes, *sample.size, grids[row]).to(geometry.device),
+            sample.number,
+            budget_of(counts[row], ratio),
+        )
+        for row, (sample, geometry) in enumerate(
+            zip(samples, tokens.geometry.split(counts), strict=True)
+        )
+    ]

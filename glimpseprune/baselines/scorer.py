@@ -1,0 +1,89 @@
+"""Rules that score tokens without running the decoder, and the two places where they drop them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .layer_masks import LayerMasks, masked_layers, prefill_begun
+from .method import Application, Method
+from .model_sizes import ModelSizes
+from .prompt_tokens import PromptTokens, prompts_of
+
+
+class Scorer(ABC):
+    """A rule that scores the visual tokens of one prompt."""
+
+    @abstractmethod
+    def scores(self, prompt: PromptTokens) -> torch.Tensor:
+        """`(n,)` float; the `prompt.budget` highest are kept, earlier ones first at ties."""
+
+    def flops(self, sizes: ModelSizes, visual: int) -> int:
+        """Operations of scoring n visual tokens, where they amount to anything."""
+        return 0
+
+
+def keep_highest(scores: torch.Tensor, budget: int) -> torch.Tensor:
+    """`(n,)` bool, True at the `budget` highest of `(n,)` scores, earlier ones first at ties."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[scores.argsort(descending=True, stable=True)[:budget]] = True
+    return keep
+
+
+@dataclass(frozen=True)
+class AtGlimpseLayer(Method):
+    """Drops tokens where GlimpsePrune does, by its own machinery: a rule against the predictor.
+
+    Attributes:
+        scorer: the rule.
+    """
+
+    scorer: Scorer | None = None
+
+    @contextmanager
+    def applied(self, model, processor, batch) -> Iterator[Application]:
+        def begin(request, inputs_embeds) -> None:
+            prompts = prompts_of(request, inputs_embeds, processor, batch.samples, self.ratio)
+            masks = [keep_highest(self.scorer.scores(each), each.budget) for each in prompts]
+            request.visual_keep_mask = torch.cat(masks)
+
+        with prefill_begun(model, begin):
+            yield Application({"visual_keep_mask": batch.everything})
+
+    def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
+        return self.scorer.flops(sizes, visual)
+
+    @property
+    def drops_inside_glimpse_layer(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class BeforeDecoder(Method):
+    """Drops tokens before the decoder's first layer.
+
+    Attributes:
+        scorer: the rule.
+    """
+
+    scorer: Scorer | None = None
+
+    @contextmanager
+    def applied(self, model, processor, batch) -> Iterator[Application]:
+        masks = LayerMasks()
+
+        def begin(request, inputs_embeds) -> None:
+            masks.begin(
+                request.tokens, len(inputs_embeds), model.config.get_text_config().num_hidden_layers
+            )
+            prompts = prompts_of(request, inputs_embeds, processor, batch.samples, self.ratio)
+            keep = [keep_highest(self.scorer.scores(each), each.budget) for each in prompts]
+            masks.drop_from(0, torch.cat(keep))
+
+        with masked_layers(model, masks), prefill_begun(model, begin):
+            yield Application({"visual_keep_mask": batch.everything}, masks)
+
+    def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
+        return self.scorer.flops(sizes, visual)

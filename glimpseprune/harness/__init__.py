@@ -1,0 +1,1 @@
+"""What evaluation harnesses load: a model for lmms-eval, and tasks in `lmms_eval_tasks`."""

@@ -1,0 +1,20 @@
+"""Pages as images, and the score of an answer."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from glimpseprune.metrics import exact_match
+
+IMAGE_FOLDER = Path("runs/pages")
+
+
+def doc_to_image(doc: dict) -> list[Image.Image]:
+    """The page that a question is about."""
+    with Image.open(IMAGE_FOLDER / doc["image"]) as image:
+        return [image.convert("RGB")]
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+    """Exact match."""
+    return {"exact_match": exact_match(results[0], doc["answer"])}

@@ -1,0 +1,103 @@
+"""Greedy or sampled answers to a batch of prompts, with what each cost."""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+
+from ..evaluation import retention_by_row
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one answer took.
+
+    Attributes:
+        prompt_tokens: all tokens of the prompt, visual ones counted.
+        visual_tokens, kept_visual_tokens: before and after pruning.
+        retention: their ratio; 1 without visual tokens.
+        output_tokens: tokens of the answer.
+        seconds_to_first_token: from the call to the first token of the batch.
+        tokens_per_second: of this answer, after its first token; 0 for answers of one token.
+    """
+
+    prompt_tokens: int
+    visual_tokens: int
+    kept_visual_tokens: int
+    retention: float
+    output_tokens: int
+    seconds_to_first_token: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class _Clock(LogitsProcessor):
+    """Notes when logits arrive; changes nothing."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times = [self.now()]
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(self.now())
+        return scores
+
+
+@torch.inference_mode()
+def generate_measured(
+    model: PreTrainedModel, processor: ProcessorMixin, inputs: dict, **options: object
+) -> tuple[list[str], list[Cost]]:
+    """Answer left-padded prompts.
+
+    Args:
+        inputs: what the processor made.
+        options: of `generate`.
+
+    Returns:
+        The answers without special tokens, and their costs.
+    """
+    counts = model.model.visual_counts(**inputs)
+    clock = _Clock(model.device)
+    generated = model.generate(
+        **inputs,
+        **options,
+        logits_processor=LogitsProcessorList([clock]),
+        return_dict_in_generate=True,
+    )
+    start = inputs["input_ids"].shape[1]
+    completions = generated.sequences[:, start:].tolist()
+    retention = [1.0] * len(counts)
+    if hasattr(generated.past_key_values, "glimpse"):
+        retention = retention_by_row(generated.past_key_values.glimpse, counts)
+    ends = _as_set(model.generation_config.eos_token_id)
+    costs = []
+    for row, completion in enumerate(completions):
+        length = next((i + 1 for i, token in enumerate(completion) if token in ends), start)
+        length = min(length, len(completion))
+        seconds = clock.times[min(length, len(clock.times) - 1)] - clock.times[1]
+        costs.append(
+            Cost(
+                int(inputs["attention_mask"][row].sum()),
+                counts[row],
+                round(retention[row] * counts[row]),
+                retention[row],
+                length,
+                clock.times[1] - clock.times[0],
+                (length - 1) / seconds if length > 1 else 0.0,
+            )
+        )
+    return processor.batch_decode(completions, skip_special_tokens=True), costs
+
+
+def _as_set(token_ids: int | list[int] | None) -> set[int]:
+    if token_ids is None:
+        return set()
+    return set(token_ids) if isinstance(token_ids, list) else {token_ids}

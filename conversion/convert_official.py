@@ -20,7 +20,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.families import Family, family_of
 from conversion.publishing import (
     add_publishing_arguments,
     publication_from,
@@ -30,6 +29,7 @@ from conversion.publishing import (
 )
 from conversion.repository import TRAINED_KEY, resolve_folder, write_repository
 from conversion.verification import Source
+from glimpseprune.families import Family, family_of
 from glimpseprune.hub.folders import check_vacant
 from glimpseprune.hub.shards import ConversionError, read_json
 

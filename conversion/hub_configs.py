@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conversion.convert_official import convert_config
-from conversion.families import family_of
 from conversion.model_card import ModelCard, render_card
 from conversion.repository import Publication, build_config, code_files
+from glimpseprune.families import family_of
 from glimpseprune.hub.shards import read_json
 from glimpseprune.portable import write_json
 

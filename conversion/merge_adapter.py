@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.families import Family, family_of
 from conversion.publishing import resolve_base, run_command
 from conversion.repository import (
     LICENCE_FILES,
@@ -32,6 +31,7 @@ from conversion.repository import (
     resolve_folder,
     write_index,
 )
+from glimpseprune.families import Family, family_of
 from glimpseprune.hub.folders import place_file, vacant_sibling
 from glimpseprune.hub.shards import (
     ConversionError,
@@ -74,7 +74,7 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
     config = read_json(base / "config.json")
     family = family_of(config, base)
     shards = find_shards(base)
-    names = rename_base(shards, family.base_key_map)
+    names = rename_base(shards, family)
     factors = read_adapter(adapter)
     modules = adapted_modules(factors, names, family)
     with vacant_sibling(output) as folder:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from conversion.families import Family
 from conversion.model_card import HUB_ID, ModelCard
 from conversion.repository import (
     BASE_FILES,
@@ -21,6 +20,7 @@ from conversion.repository import (
 )
 from conversion.upload import push_folder
 from conversion.verification import Source, verifier
+from glimpseprune.families import Family
 from glimpseprune.hub.folders import check_vacant
 from glimpseprune.hub.redaction import quiet_logging, redact
 from glimpseprune.hub.shards import ConversionError

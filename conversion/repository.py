@@ -24,13 +24,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-try:
-    from transformers.initialization import no_init_weights
-except ImportError:  # transformers 4
-    from transformers.modeling_utils import no_init_weights
-
-from conversion.families import Family
 from conversion.model_card import ModelCard, base_licence, render_card
+from glimpseprune.families import Family
 from glimpseprune.hub.folders import place_file, vacant_sibling
 from glimpseprune.hub.redaction import reasons
 from glimpseprune.hub.shards import (
@@ -153,7 +148,7 @@ def write_repository(
     """
     config = build_config(read_json(base / "config.json"), family, glimpse_fields, publication)
     shards = find_shards(base)
-    names = rename_base(shards, family.base_key_map)
+    names = rename_base(shards, family)
     model_config = validate_config(config, family)
     check_tensors(shards, names, glimpse_weights, family, model_config)
     with vacant_sibling(output) as folder:
@@ -226,7 +221,7 @@ def is_glimpse(name: str) -> bool:
     return name.startswith(GLIMPSE_PREFIX)
 
 
-def rename_base(shards: list[Shard], key_map: Mapping[str, str]) -> dict[str, str]:
+def rename_base(shards: list[Shard], family: Family) -> dict[str, str]:
     """Our name of each of the base's tensors; glimpse weights are left out.
 
     Raises:
@@ -235,19 +230,10 @@ def rename_base(shards: list[Shard], key_map: Mapping[str, str]) -> dict[str, st
     held = [name for shard in shards for name in shard.tensors if not is_glimpse(name)]
     names: dict[str, str] = {}
     for name in held:
-        names[name] = rename(name, key_map)
+        names[name] = family.stored_name(name)
     if len(set(names.values())) < len(names):
         raise ConversionError("the base holds the same tensors under old and new names")
     return names
-
-
-def rename(name: str, key_map: Mapping[str, str]) -> str:
-    """A tensor's name in a repository, which every generation of transformers reads.
-
-    It changes names of stock bases, and those of our parameters that differ between generations.
-    """
-    pattern = next((pattern for pattern in key_map if re.search(pattern, name)), None)
-    return name if pattern is None else re.sub(pattern, key_map[pattern], name)
 
 
 def check_tensors(
@@ -262,11 +248,9 @@ def check_tensors(
     Raises:
         ConversionError: naming those that are missing, unexpected or of a wrong shape.
     """
-    with torch.device("meta"), no_init_weights():
-        model = family.model_class(config)
     expected = {
-        rename(name, family.base_key_map): tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
+        family.stored_name(name): tuple(tensor.shape)
+        for name, tensor in family.without_storage(config).state_dict().items()
     }
     found = {name: tuple(tensor.shape) for name, tensor in glimpse_weights.items()}
     for shard in shards:

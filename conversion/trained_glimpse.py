@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from conversion.families import Family, family_of
 from conversion.repository import SUMMARY_FILE, TRAINED_KEY, is_glimpse
+from glimpseprune.families import Family, family_of
 from glimpseprune.hub.shards import ConversionError, find_shards, load_tensors, read_json
 from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 

@@ -30,7 +30,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.families import family_of
+from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError, read_json
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5

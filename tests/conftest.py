@@ -27,7 +27,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from conversion.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
+from glimpseprune.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PAD_TOKEN, VOCABULARY = 0, 200

@@ -35,7 +35,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from conversion.families import QWEN2_5_VL
+from glimpseprune.families import QWEN2_5_VL
 from modeling_glimpseprune import pruned_forward
 from modeling_glimpseprune.pruned_forward import TRANSFORMERS_5
 from modeling_glimpseprune.visual_tokens import VisualTokens

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from conversion.convert_llava_base import convert_base
 from conversion.convert_official import convert
-from conversion.families import family_of
+from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError
 from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
 

@@ -3,13 +3,11 @@
 import json
 
 import pytest
-import torch
 from transformers import AutoConfig
 
-from conversion.families import FAMILIES, family_of
 from conversion.hub_configs import HUB_CONFIGS, PUBLISHED, published_card, published_config
-from conversion.repository import code_files, is_glimpse, rename
-from glimpseprune.hub.inspection import _no_initialisation
+from conversion.repository import code_files, is_glimpse
+from glimpseprune.families import FAMILIES, family_of
 
 # Parameters of the stock models (tied embeddings counted once).
 BASE_PARAMETERS = {
@@ -53,8 +51,7 @@ def test_config_loads(name):
 def test_base_has_the_published_size(name):
     family = family_of(published_config(PUBLISHED[name]), name)
     config = family.config_class.from_pretrained(HUB_CONFIGS / name)
-    with torch.device("meta"), _no_initialisation():
-        model = family.model_class(config)
+    model = family.without_storage(config)
     assert len(model.model.tapped_modules()) == len(config.vision_layers)
     base = {part: weight for part, weight in model.named_parameters() if not is_glimpse(part)}
     if config.tie_word_embeddings:
@@ -67,7 +64,7 @@ def test_base_has_the_published_size(name):
 def test_key_maps_leave_glimpse_weights_alone(family):
     """A published repository's map meets the names of the glimpse weights too."""
     for name in ("trained", "token.embeddings", "predictor.layers.0.mlp.up_proj.bias"):
-        assert rename(f"model.glimpse.{name}", family.base_key_map) == f"model.glimpse.{name}"
+        assert family.stored_name(f"model.glimpse.{name}") == f"model.glimpse.{name}"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.base_model_type)

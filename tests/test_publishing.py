@@ -18,10 +18,10 @@ from publishing_material import BASE_NAME, MERGED_NAME, load_model, write_all
 from safetensors.torch import load_file, save_file
 
 from conversion.convert_stage1 import main as convert_stage1
-from conversion.families import QWEN2_5_VL
 from conversion.merge_adapter import merge
 from conversion.model_card import ModelCard, render_card
 from conversion.repository import without_places
+from glimpseprune.families import QWEN2_5_VL
 from glimpseprune.hub import folders
 from glimpseprune.hub.folders import place_file
 from glimpseprune.hub.redaction import redact

@@ -261,7 +261,7 @@ def test_a_base_that_does_not_fit_is_refused(base, tmp_path):
         load_for_training(str(tmp_path), GLIMPSE)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="is a llama model; stage 1 knows qwen2_5_vl"):
+    with pytest.raises(ValueError, match="is a .llama. model; known are qwen2_5_vl"):
         load_for_training(str(tmp_path), GLIMPSE)
 
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
-from conversion.families import family_of
 from conversion.hub_configs import HUB_CONFIGS
+from glimpseprune.families import family_of
 from glimpseprune.hub.shards import read_json
 from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 

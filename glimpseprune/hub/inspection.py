@@ -5,23 +5,20 @@ those headers are fetched. One value is read beside them: whether the glimpse wa
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from huggingface_hub import HfFileSystem, snapshot_download
 from huggingface_hub.utils import HFValidationError
 from transformers import PretrainedConfig
 
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX, GLIMPSE_SHARD
 
-from ..training.base import FAMILIES, Family
+from ..families import FAMILIES, Family
 from .redaction import reasons
 from .shards import (
     INDEX_FILE,
@@ -204,12 +201,11 @@ def _is_trained(shards: list[Shard], open_shard: Callable[[Path], BinaryIO]) -> 
 
 def _check_tensors(shards: list[Shard], family: Family, config: PretrainedConfig) -> None:
     """Compare names, shapes and dtypes with a model built without storage."""
-    with torch.device("meta"), _no_initialisation():
-        expected = {
-            _rename(name, family.key_mapping): tuple(tensor.shape)
-            for name, tensor in family.model_class(config).state_dict().items()
-            if _base_included(config) or name.startswith(GLIMPSE_PREFIX)
-        }
+    expected = {
+        family.stored_name(name): tuple(tensor.shape)
+        for name, tensor in family.without_storage(config).state_dict().items()
+        if _base_included(config) or name.startswith(GLIMPSE_PREFIX)
+    }
     found = _own_names(shards, family)
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
@@ -230,18 +226,12 @@ def _check_tensors(shards: list[Shard], family: Family, config: PretrainedConfig
         raise ConversionError(f"the glimpse weights mix dtypes: {', '.join(sorted(glimpse))}")
 
 
-def _rename(name: str, key_mapping: Mapping[str, str]) -> str:
-    """A tensor's name in a repository of ours, whatever wrote it under a name of its own."""
-    pattern = next((pattern for pattern in key_mapping if re.search(pattern, name)), None)
-    return name if pattern is None else re.sub(pattern, key_mapping[pattern], name)
-
-
 def _own_names(shards: list[Shard], family: Family) -> dict[str, dict]:
     """Header entries by the names of our repositories."""
     found: dict[str, dict] = {}
     for shard in shards:
         for name, entry in shard.tensors.items():
-            own = _rename(name, family.key_mapping)
+            own = family.stored_name(name)
             if own in found:
                 raise ConversionError(f"{own} is held twice, the second time as {name}")
             found[own] = entry
@@ -252,17 +242,6 @@ def _refuse(fault: str, names: list[str]) -> None:
     if names:
         rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise ConversionError(f"{fault}: {', '.join(names[:NAMED])}{rest}")
-
-
-@contextmanager
-def _no_initialisation() -> Iterator[None]:
-    """Build a model without filling its weights."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # transformers 4
-        from transformers.modeling_utils import no_init_weights
-    with no_init_weights():
-        yield
 
 
 def _pickles(folder: Path) -> tuple[str, ...]:
@@ -283,7 +262,7 @@ def _report(
     weights = [entry for name, entry in glimpse.items() if name != TRAINED_KEY]
     base = config.glimpse_base or {}
     return Report(
-        family=family.stock_model_type,
+        family=family.base_model_type,
         glimpse_layer=config.glimpse_layer,
         num_layers=config.get_text_config().num_hidden_layers,
         predictor_parameters=sum(math.prod(entry["shape"]) for entry in predictor),

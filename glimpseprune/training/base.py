@@ -2,76 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
-from modeling_glimpseprune.configuration_glimpseprune import (
-    GLIMPSE_FIELDS,
-    GlimpsePruneLlavaConfig,
-    GlimpsePruneLlavaNextConfig,
-    GlimpsePruneQwen2_5_VLConfig,
-)
-from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
-from modeling_glimpseprune.modeling_llava_next import GlimpsePruneLlavaNextForConditionalGeneration
-from modeling_glimpseprune.modeling_qwen2_5_vl import (
-    GlimpsePruneQwen2_5_VLForConditionalGeneration,
-)
-from modeling_glimpseprune.processing_glimpseprune import (
-    GlimpsePruneLlavaNextProcessor,
-    GlimpsePruneLlavaProcessor,
-    GlimpsePruneQwen2_5_VLProcessor,
-)
+from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
+from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 
-from ..stock_names import LLAVA_NAMES
-
-GLIMPSE_PREFIX = "model.glimpse."
-
-
-@dataclass(frozen=True)
-class Family:
-    """The classes of one family, and how stock checkpoints name its weights.
-
-    Attributes:
-        stock_model_type: of the configurations that a fresh glimpse can be put on.
-        key_mapping: patterns of the stock checkpoint's names and what stands in their place.
-    """
-
-    stock_model_type: str
-    config_class: type[PretrainedConfig]
-    model_class: type[PreTrainedModel]
-    processor_class: type[ProcessorMixin]
-    key_mapping: Mapping[str, str]
-
-
-FAMILIES = (
-    Family(
-        "qwen2_5_vl",
-        GlimpsePruneQwen2_5_VLConfig,
-        GlimpsePruneQwen2_5_VLForConditionalGeneration,
-        GlimpsePruneQwen2_5_VLProcessor,
-        {
-            r"^visual\.": "model.visual.",
-            r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
-        },
-    ),
-    Family(
-        "llava",
-        GlimpsePruneLlavaConfig,
-        GlimpsePruneLlavaForConditionalGeneration,
-        GlimpsePruneLlavaProcessor,
-        LLAVA_NAMES,
-    ),
-    Family(
-        "llava_next",
-        GlimpsePruneLlavaNextConfig,
-        GlimpsePruneLlavaNextForConditionalGeneration,
-        GlimpsePruneLlavaNextProcessor,
-        LLAVA_NAMES,
-    ),
-)
+from ..families import Family, family_of
 
 
 def load_for_training(
@@ -99,15 +38,16 @@ def load_for_training(
         OSError: when there is no such model.
         ValueError: when it is of no known family, its weights do not fit, or a field cannot be.
     """
-    family, content = _family(source)
-    stock = content["model_type"] == family.stock_model_type
+    content, _ = PretrainedConfig.get_config_dict(source)
+    family = family_of(content, source)
+    stock = content["model_type"] == family.base_model_type
     config = _config(source, family, content, glimpse_fields or {}, stock)
     with _errors_only():
         model, loading = family.model_class.from_pretrained(
             source,
             config=config,
             dtype="auto",
-            key_mapping=dict(family.key_mapping) if stock else None,
+            key_mapping=dict(family.base_key_map) if stock else None,
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
@@ -142,17 +82,6 @@ def start_glimpse_as(model: PreTrainedModel, processor: ProcessorMixin, text: st
     token.projection.bias.zero_()
     token.embeddings[0] = embedding
     token.norm.weight.fill_((embedding.square().mean() + token.norm.eps).sqrt().item())
-
-
-def _family(source: str) -> tuple[Family, dict]:
-    """The family of a source, and the content of its config.json."""
-    content, _ = PretrainedConfig.get_config_dict(source)
-    model_type = content.get("model_type")
-    for family in FAMILIES:
-        if model_type in (family.stock_model_type, family.config_class.model_type):
-            return family, content
-    known = ", ".join(family.stock_model_type for family in FAMILIES)
-    raise ValueError(f"{source} is a {model_type} model; stage 1 knows {known} and their offspring")
 
 
 def _config(

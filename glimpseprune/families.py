@@ -1,11 +1,17 @@
-"""What the conversion knows of each model family."""
+"""The model families: their classes, and how stock checkpoints name their weights."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from glimpseprune.hub.shards import ConversionError
-from glimpseprune.stock_names import LLAVA_NAMES
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # transformers 4
+    from transformers.modeling_utils import no_init_weights
+
 from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,
     GlimpsePruneLlavaNextConfig,
@@ -21,6 +27,24 @@ from modeling_glimpseprune.processing_glimpseprune import (
     GlimpsePruneLlavaProcessor,
     GlimpsePruneQwen2_5_VLProcessor,
 )
+
+from .hub.shards import ConversionError
+
+# Patterns of names in stock checkpoints, and what replaces them; the first that fits is applied.
+QWEN2_5_VL_NAMES = {
+    r"^visual\.": "model.visual.",
+    r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
+}
+# Published LLaVA checkpoints hang the decoder with its head, the tower and the projector side by
+# side; later ones hang them under `model`. The tower's own names are those of transformers 4.
+LLAVA_NAMES = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.language_model.",
+    r"^vision_tower\.": "model.vision_tower.",
+    r"^multi_modal_projector\.": "model.multi_modal_projector.",
+    r"^image_newline$": "model.image_newline",
+    r"^model\.vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model.",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,22 @@ class Family:
     processor_class: type[ProcessorMixin]
     base_key_map: dict[str, str]
 
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in a repository of ours, which every generation of transformers reads.
+
+        It changes names of stock bases, and those of our parameters that differ between
+        generations.
+        """
+        for pattern, replacement in self.base_key_map.items():
+            if re.search(pattern, name):
+                return re.sub(pattern, replacement, name)
+        return name
+
+    def without_storage(self, config: PretrainedConfig) -> PreTrainedModel:
+        """A model of names and shapes only, on the meta device."""
+        with torch.device("meta"), no_init_weights():
+            return self.model_class(config)
+
     @property
     def model_types(self) -> tuple[str, str]:
         """`model_type` of the stock base and of ours."""
@@ -52,10 +92,7 @@ QWEN2_5_VL = Family(
     config_class=GlimpsePruneQwen2_5_VLConfig,
     model_class=GlimpsePruneQwen2_5_VLForConditionalGeneration,
     processor_class=GlimpsePruneQwen2_5_VLProcessor,
-    base_key_map={
-        r"^visual\.": "model.visual.",
-        r"^model\.(?!language_model\.|visual\.|glimpse\.)": "model.language_model.",
-    },
+    base_key_map=QWEN2_5_VL_NAMES,
 )
 LLAVA = Family(
     base_model_type="llava",
@@ -74,8 +111,12 @@ LLAVA_NEXT = Family(
 FAMILIES = (QWEN2_5_VL, LLAVA, LLAVA_NEXT)
 
 
-def family_of(config: dict, folder: object) -> Family:
+def family_of(config: Mapping[str, object], source: object) -> Family:
     """The family of a configuration, be it a stock base's or one of ours.
+
+    Args:
+        config: content of a `config.json`.
+        source: where it is from, for the error message.
 
     Raises:
         ConversionError: when there is none.
@@ -85,4 +126,4 @@ def family_of(config: dict, folder: object) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(family.base_model_type for family in FAMILIES)
-    raise ConversionError(f"{folder} is a {model_type!r} model; known are {known}")
+    raise ConversionError(f"{source} is a {model_type!r} model; known are {known}")

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--retention", type=float, nargs="+", default=[0.04, 0.1, 0.25, 0.5])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 1])
-    parser.add_argument("--glimpse-layer", type=int, nargs="+", default=[18, 9, 23])
+    parser.add_argument("--glimpse-layer", type=int, nargs="+", default=[9, 5, 12])
     parser.add_argument("--text-tokens", type=int, default=58)
     return parser
 

@@ -17,9 +17,15 @@ from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SCALED = "scaled"
 REAL = ("qwen2_5_vl_3b", "qwen2_5_vl_7b", "llava_1_5_7b")
-# Qwen2.5-VL-7B with every width divided by about seven, its 28 layers, and a vision encoder of
-# eight blocks, one of them with full attention, for machines without an accelerator.
+# Qwen2.5-VL-7B with every width divided by about seven and half its layers, K = 9 of 14 for 18 of
+# 28, and a vision encoder of eight blocks, one with full attention: for machines without an
+# accelerator.
 SCALED_TEXT = {
+    "num_hidden_layers": 14,
+    "max_window_layers": 14,
+    "glimpse_embedding_layers": list(range(14)),
+    "glimpse_layer": 9,
+    "attention_layers": [9],
     "vocab_size": 8192,
     "hidden_size": 512,
     "intermediate_size": 2688,

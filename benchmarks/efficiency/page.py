@@ -17,6 +17,7 @@ RATIOS = {
     "decode step": "decode step",
     "decode step, equal cache": "decode step, against stock over as short a cache",
     "peak memory": "peak memory above the weights",
+    "peak memory, MLPs whole": "the same if MLPs ran whole",
     "decoder operations": "decoder operations of the prefill",
 }
 PLOTTED = ("first token", "decode step", "peak memory", "decoder operations")

@@ -2,7 +2,8 @@
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.efficiency.measurement import (
     synchronise,
 )
 from benchmarks.efficiency.workload import Pair, Prompt, build_config, build_pair, build_prompt
+from modeling_glimpseprune import decoder_layers
 
 PROFILED = 8  # operations listed
 
@@ -124,7 +126,12 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         name: peak_bytes(_bound(runs[name], point.new_tokens), pair.pruned)
         for name in ("stock", "pruned")
     }
+    with _whole_mlps():
+        peaks["pruned, MLPs whole"] = peak_bytes(
+            _bound(runs["pruned"], point.new_tokens), pair.pruned
+        )
     ratios["peak memory"] = peaks["pruned"] / peaks["stock"]
+    ratios["peak memory, MLPs whole"] = peaks["pruned, MLPs whole"] / peaks["stock"]
     caches = {name: runs[name](1).past_key_values for name in ("stock", "pruned")}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
     flops = {
@@ -176,6 +183,17 @@ def profile_of(call: Callable, device: torch.device) -> list[tuple[str, float]]:
     total = sum(getattr(event, measure) for event in events)
     events = sorted(events, key=lambda event: getattr(event, measure), reverse=True)
     return [(event.key, getattr(event, measure) / total) for event in events[:PROFILED]]
+
+
+@contextmanager
+def _whole_mlps() -> Iterator[None]:
+    """What long prefills would take if they did not run their MLPs part by part."""
+    chunk = decoder_layers.MLP_CHUNK
+    decoder_layers.MLP_CHUNK = sys.maxsize
+    try:
+        yield
+    finally:
+        decoder_layers.MLP_CHUNK = chunk
 
 
 def _prompt(centre: Centre, point: Point, pair: Pair, visual: int) -> Prompt:

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
 if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("stage 2 trains on transformers 5", allow_module_level=True)
+pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
 
 import yaml
 from safetensors.torch import load_file
@@ -513,3 +513,21 @@ def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path):
         load_file(Path(recipe.output) / "adapter_model.safetensors") for recipe in (whole, parts)
     )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(make_recipe, tmp_path):
+    """Over gloo; policy and reference start equal in both."""
+    recipe = make_recipe(**{"training.beta": 0.1, "training.max_steps": 2})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2",
+        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+        "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
+    summary = json.loads((Path(recipe.output) / "training_summary.json").read_text())
+    assert summary["processes"] == 2 and summary["steps"] == 2
+    assert history(recipe)[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert load_file(Path(recipe.output) / "adapter_model.safetensors")

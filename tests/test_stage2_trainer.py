@@ -27,6 +27,7 @@ from glimpseprune.training import rewards
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.recipe import read_recipe
 from glimpseprune.training.rollout import (
+    TEXT_INPUTS,
     SharedPrompts,
     completion_logits,
     sample_completions,
@@ -112,21 +113,28 @@ def test_training_scores_completions_as_generation_does(loaded, data, mask):  # 
         keep = torch.arange(total) % 3 == 0 if mask == "evidence" else torch.ones(total).bool()
         prompts = prompts.with_masks(keep)
     set_seed(1)
-    config = config_of(model, max_new_tokens=5, eos_token_id=None)
-    completions, used = sample_completions(model, prompts, ROWS, config)
-    assert completions.shape == (9, 5) and len(set(map(tuple, completions.tolist()))) > 3
+    used = compare_with_generation(model, prompts, ROWS)
     kept = [int(each.sum()) for each in used.keep_masks]
     assert kept == used.visual_counts if mask == "all" else 0 < sum(kept) < total
+
+
+def compare_with_generation(model, prompts, rows) -> SharedPrompts:
+    """Sampled completions scored together and padded, and each alone while it is generated."""
+    config = config_of(model, max_new_tokens=5, eos_token_id=None)
+    completions, used = sample_completions(model, prompts, rows, config)
+    assert completions.shape == (len(rows), 5) and len(set(map(tuple, completions.tolist()))) > 1
     with torch.no_grad():
-        logits = completion_logits(model, used, ROWS, completions, torch.ones_like(completions))
+        logits = completion_logits(model, used, rows, completions, torch.ones_like(completions))
     found = logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
-    for row, prompt in enumerate(ROWS):  # each alone, unpadded, scored while it is generated
+    for row, prompt in enumerate(rows):
         inputs = used.model_inputs([prompt])
         real = inputs["attention_mask"][0].bool()
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            inputs[name] = inputs[name][:, real]
+        for name in TEXT_INPUTS:
+            if name in inputs:
+                inputs[name] = inputs[name][:, real]
         expected = forced_scores(model, inputs, completions[row])
         assert (found[row] - expected).abs().max() < 1e-4
+    return used
 
 
 def forced_scores(model, inputs, completion) -> torch.Tensor:

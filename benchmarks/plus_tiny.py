@@ -5,7 +5,7 @@
 starts from an earlier, less trained tiny repository out of the git history, and for each seed runs
 stage 2 on pruned and on whole prompts, merges, and goes on with stage 1 on both results and on the
 untouched repository. What is finished is kept in the working folder and not done again. The table
-goes to `benchmarks/results/plus_tiny.json`, after every seed.
+goes to `benchmarks/results/plus_tiny.json`, after every measurement.
 """
 
 import argparse
@@ -13,6 +13,9 @@ import json
 import statistics
 import subprocess
 import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from glimpseprune.training.stage2_config import Stage2Recipe
 TINY = "hub_configs/tiny"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "plus_tiny.json"
 QUESTIONS_A_PAGE = 8
+PROMPTS_A_STEP = 32
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of stage 2")
     parser.add_argument("--questions", type=int, default=512, help="test questions")
     parser.add_argument("--grid", type=int, nargs=2, default=(8, 8), help="page size in tokens")
+    parser.add_argument("--finished-only", action="store_true", help="train nothing: table alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -60,39 +65,52 @@ def main(argv: list[str] | None = None) -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     base = earlier_repository(arguments.work, arguments.revision)
     test = pages(arguments, "test", 0, arguments.questions)
-    measured = {
-        "base, all tokens": [measure(arguments, base, test, "base.all", all_tokens)],
-        "stage 1": [measure(arguments, base, test, "base.pruned", pruned())],
-    }
-    for seed in range(arguments.seeds):
-        for name, result in run_seed(arguments, base, test, seed).items():
-            measured.setdefault(name, []).append(result)
+    measured: dict[str, list[dict[str, float]]] = {}
+    for arm in arms(arguments, base):
+        if arguments.finished_only and not arm.kept(arguments.work).exists():
+            continue
+        measured.setdefault(arm.name, []).append(measure(arguments, arm, test))
         report = {"settings": describe(arguments), "results": summarise(measured)}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-        show(report["results"])
+    show(summarise(measured))
     return 0
 
 
-def run_seed(
-    arguments: argparse.Namespace, base: Path, test: Path, seed: int
-) -> dict[str, dict[str, float]]:
-    """All arms of one seed, which differ in data order, adapter and sampling."""
-    prompts = arguments.stage2_steps * 32
-    data2 = pages(arguments, "train", 10 + seed, prompts)
-    data1 = pages(arguments, "train", 20 + seed, arguments.stage1_steps * 32)
-    longer = continue_stage1(arguments, base, data1, seed, "stage1")
-    results = {"stage 1, continued": measure(arguments, longer, test, f"{seed}.stage1", pruned())}
-    for mask, arm in (("model", "RL on pruned prompts"), ("all", "RL on whole prompts")):
-        merged = run_stage2(arguments, base, data2, seed, mask)
-        plus = continue_stage1(arguments, merged, data1, seed, f"plus-{mask}")
-        for name, folder, options in (
-            (f"{arm}, all tokens", merged, all_tokens),
-            (f"{arm}, stage 1 again", plus, pruned()),
-        ):
-            key = f"{seed}.{mask}.{name.rpartition(', ')[2]}".replace(" ", "_")
-            results[name] = measure(arguments, folder, test, key, options)
-    return results
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table for one seed.
+
+    Attributes:
+        name: of the row.
+        key: of the file that keeps the result.
+        train: returns the repository to measure, trained if need be.
+        options: of `generate` when measured.
+    """
+
+    name: str
+    key: str
+    train: Callable[[], Path]
+    options: Options
+
+    def kept(self, work: Path) -> Path:
+        return work / f"{self.key}.json"
+
+
+def arms(arguments: argparse.Namespace, base: Path) -> Iterator[Arm]:
+    """Everything to measure; seeds differ in data, adapter and sampling."""
+    yield Arm("base, all tokens", "base.all", lambda: base, all_tokens)
+    yield Arm("stage 1", "base.pruned", lambda: base, pruned())
+    for seed in range(arguments.seeds):
+        again = partial(continue_stage1, arguments, seed=seed)
+        yield Arm(
+            "stage 1, continued", f"{seed}.stage1", partial(again, lambda: base, "stage1"), pruned()
+        )
+        for mask, name in (("model", "RL on pruned prompts"), ("all", "RL on whole prompts")):
+            merged = partial(run_stage2, arguments, base, seed, mask)
+            yield Arm(f"{name}, all tokens", f"{seed}.{mask}.all_tokens", merged, all_tokens)
+            plus = partial(again, merged, f"plus-{mask}")
+            yield Arm(f"{name}, stage 1 again", f"{seed}.{mask}.stage_1_again", plus, pruned())
 
 
 def run_stage2(arguments: argparse.Namespace, base: Path, data: Path, seed: int, mask: str) -> Path:
@@ -113,13 +131,14 @@ def run_stage2(arguments: argparse.Namespace, base: Path, data: Path, seed: int,
 
 
 def continue_stage1(
-    arguments: argparse.Namespace, base: Path, data: Path, seed: int, name: str
+    arguments: argparse.Namespace, base: Callable[[], Path], name: str, seed: int
 ) -> Path:
     """A repository whose glimpse was trained further on its own base."""
+    data = pages(arguments, "train", 20 + seed, arguments.stage1_steps * PROMPTS_A_STEP)
     output = arguments.work / f"{seed}.{name}"
     if not output.exists():
         overrides = {
-            "base": str(base), "data": str(data), "output": str(output), "start_text": None,
+            "base": str(base()), "data": str(data), "output": str(output), "start_text": None,
             "glimpse": {}, "training.max_steps": arguments.stage1_steps, "training.seed": seed,
             "training.learning_rate": 5e-4, "training.bf16": False, "training.disable_tqdm": True,
         }  # fmt: skip
@@ -128,17 +147,15 @@ def continue_stage1(
     return output
 
 
-def measure(
-    arguments: argparse.Namespace, folder: Path, test: Path, key: str, options: Options
-) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, arm: Arm, test: Path) -> dict[str, float]:
     """Greedy accuracy and mean retention of a repository over the test questions."""
-    kept = arguments.work / f"{key}.json"
+    kept = arm.kept(arguments.work)
     if not kept.exists():
-        model, processor, _ = load_for_training(str(folder))
+        model, processor, _ = load_for_training(str(arm.train()))
         processor.tokenizer.padding_side = "left"
         rows = read_visual_cot(test)[: arguments.questions]
         samples = [Sample(open_image(row.image), row.question, row.answer) for row in rows]
-        result = evaluate(model.eval(), processor, samples, options, 32, 6)
+        result = evaluate(model.eval(), processor, samples, arm.options, 32, 6)
         kept.write_text(json.dumps(result.summary()["all"]))
     return json.loads(kept.read_text())
 
@@ -215,7 +232,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
         "pages": f"{arguments.grid[0]}x{arguments.grid[1]} tokens",
         "test_questions": arguments.questions,
         "stage2_steps": arguments.stage2_steps,
-        "stage2_prompts_a_step": 32,
+        "stage2_prompts_a_step": PROMPTS_A_STEP,
         "stage2_completions_a_prompt": 8,
         "stage2_learning_rate": arguments.learning_rate,
         "stage1_steps": arguments.stage1_steps,

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
 if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("stage 2 trains on transformers 5", allow_module_level=True)
+pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
 
 import yaml
 from safetensors.torch import load_file
@@ -27,6 +27,7 @@ from glimpseprune.training import rewards
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.recipe import read_recipe
 from glimpseprune.training.rollout import (
+    TEXT_INPUTS,
     SharedPrompts,
     completion_logits,
     sample_completions,
@@ -112,21 +113,28 @@ def test_training_scores_completions_as_generation_does(loaded, data, mask):  # 
         keep = torch.arange(total) % 3 == 0 if mask == "evidence" else torch.ones(total).bool()
         prompts = prompts.with_masks(keep)
     set_seed(1)
-    config = config_of(model, max_new_tokens=5, eos_token_id=None)
-    completions, used = sample_completions(model, prompts, ROWS, config)
-    assert completions.shape == (9, 5) and len(set(map(tuple, completions.tolist()))) > 3
+    used = compare_with_generation(model, prompts, ROWS)
     kept = [int(each.sum()) for each in used.keep_masks]
     assert kept == used.visual_counts if mask == "all" else 0 < sum(kept) < total
+
+
+def compare_with_generation(model, prompts, rows) -> SharedPrompts:
+    """Sampled completions scored together and padded, and each alone while it is generated."""
+    config = config_of(model, max_new_tokens=5, eos_token_id=None)
+    completions, used = sample_completions(model, prompts, rows, config)
+    assert completions.shape == (len(rows), 5) and len(set(map(tuple, completions.tolist()))) > 1
     with torch.no_grad():
-        logits = completion_logits(model, used, ROWS, completions, torch.ones_like(completions))
+        logits = completion_logits(model, used, rows, completions, torch.ones_like(completions))
     found = logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
-    for row, prompt in enumerate(ROWS):  # each alone, unpadded, scored while it is generated
+    for row, prompt in enumerate(rows):
         inputs = used.model_inputs([prompt])
         real = inputs["attention_mask"][0].bool()
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            inputs[name] = inputs[name][:, real]
+        for name in TEXT_INPUTS:
+            if name in inputs:
+                inputs[name] = inputs[name][:, real]
         expected = forced_scores(model, inputs, completions[row])
         assert (found[row] - expected).abs().max() < 1e-4
+    return used
 
 
 def forced_scores(model, inputs, completion) -> torch.Tensor:
@@ -513,3 +521,21 @@ def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path):
         load_file(Path(recipe.output) / "adapter_model.safetensors") for recipe in (whole, parts)
     )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(make_recipe, tmp_path):
+    """Over gloo; policy and reference start equal in both."""
+    recipe = make_recipe(**{"training.beta": 0.1, "training.max_steps": 2})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2",
+        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+        "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
+    summary = json.loads((Path(recipe.output) / "training_summary.json").read_text())
+    assert summary["processes"] == 2 and summary["steps"] == 2
+    assert history(recipe)[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert load_file(Path(recipe.output) / "adapter_model.safetensors")

@@ -111,13 +111,9 @@ def sample_completions(
     """
     one_token = copy(config)
     one_token.max_new_tokens = 1
+    one_token.return_dict_in_generate = one_token.output_scores = True
     every_prompt = list(range(len(prompts.image_index)))
-    start = model.generate(
-        **prompts.model_inputs(every_prompt),
-        generation_config=one_token,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    start = model.generate(**prompts.model_inputs(every_prompt), generation_config=one_token)
     cache = start.past_key_values
     prompts = prompts.with_masks(cache.glimpse.keep_mask)
     index = torch.tensor(copies, device=start.sequences.device)

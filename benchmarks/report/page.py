@@ -120,7 +120,8 @@ def _adaptation(figures: Figures, kinds: Sequence[Record]) -> list[str]:
     edges = np.quantile([record.evidence for record in records], [0.25, 0.5, 0.75])
     quarters = ["least evidence", "less evidence", "more evidence", "most evidence"]
     kept = [record.by_layer[-1] / record.visual for record in records]
-    alike = np.corrcoef(kept, [record.evidence for record in records])[0, 1]
+    evidence = [record.evidence for record in records]
+    alike = np.corrcoef(kept, evidence)[0, 1] if np.std(kept) and np.std(evidence) else np.nan
     parts = [
         "## How retention adapts",
         "",

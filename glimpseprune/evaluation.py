@@ -138,7 +138,8 @@ def answer_batch(
     shown, encoding = batch, 0.0
     if any(new is not old for new, old in zip(presented, batch.samples, strict=True)):
         shown, encoding = prepare_batch(model, processor, presented)
-    inputs = shown.inputs if method.looks_into_encoder else shown.encoded
+    looks = method.looks_into_encoder and not shown.encoder_reading
+    inputs = shown.inputs if looks else shown.encoded
     sizes = ModelSizes.of(model.config)
     with method.applied(model, processor, shown) as application:
         start = time.perf_counter()

@@ -49,7 +49,8 @@ class PruneRequest:
     Attributes:
         glimpse: the trained modules.
         tokens: the batch's visual tokens.
-        glimpse_layer: K, the last layer that sees every token.
+        glimpse_layer: K, the last layer that sees every token; -1 prunes before the decoder, with
+            a mask given by the caller.
         predictor_window: side of the predictor's attention windows in tokens, or None.
         anchor_corners: corners whose token is always kept.
         prune_threshold, max_keep_ratio, min_keep_tokens: see `select_visual_tokens`.
@@ -381,7 +382,8 @@ class PrunedForwardMixin:
             self._compact(self._prompt_mask(keep, prefill, request), prefill, cache, request)
         if request.visual_log_keep is not None:
             self._soften(prefill, request)
-        prefill.hidden_states = run_mlp(layer, prefill.hidden_states)
+        if request.glimpse_layer >= 0:
+            prefill.hidden_states = run_mlp(layer, prefill.hidden_states)
         self._run_layers(request.glimpse_layer + 1, prefill, cache, request, outputs)
         hidden_states = self.norm(prefill.hidden_states)
         if not request.in_place:

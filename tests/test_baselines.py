@@ -77,6 +77,7 @@ def answer(models, batch, method: Method):
     cache, length = generated.past_key_values, batch.inputs["input_ids"].shape[1]
     if application.masks is None:
         kept = [cache.glimpse.keep_mask] * LAYERS
+        assert (cache.layers[0].dropped > 0) == (not cache.glimpse.keep_mask.all())
     else:
         kept = application.masks.keep
     sizes = ModelSizes.of(models.pruned.config)
@@ -360,10 +361,12 @@ def test_visionzip_reads_the_vision_encoder(models, batch):
         features = getattr(features, "pooler_output", features)
         expected = zip_slowly(received, keys, features, int(ratio * len(features)))
         assert kept[row][0].nonzero()[:, 0].tolist() == sorted(expected)
-        padding = batch.inputs["input_ids"].shape[1] - prompt["input_ids"].shape[1]
         visual = visual_positions(models.stock, prompt)
+        gone = {place for token, place in enumerate(visual) if token not in expected}
+        left = [place for place in range(prompt["input_ids"].shape[1]) if place not in gone]
         for token, embedding in expected.items():
-            torch.testing.assert_close(seen[0][row, padding + visual[token]], embedding)
+            from_end = left.index(visual[token]) - len(left)  # what is kept is packed to the right
+            torch.testing.assert_close(seen[0][row, from_end], embedding)
 
 
 def test_uniform_grid_is_spread_evenly():

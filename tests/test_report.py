@@ -37,10 +37,10 @@ def costs(tiny):
     return PrefillCosts(tiny[0].config)
 
 
-def record(method: Method, by_layer, number=0, score=1.0, page="page") -> Record:
+def record(method: Method, by_layer, number=0, score=1.0, page="page", evidence=0.1) -> Record:
     return Record(
-        method.name, method.ratio, method.seed, number, page, "group", 0.1, "", score, VISUAL, TEXT,
-        tuple(by_layer),
+        method.name, method.ratio, method.seed, number, page, "group", evidence, "", score, VISUAL,
+        TEXT, tuple(by_layer),
     )  # fmt: skip
 
 
@@ -130,7 +130,14 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path):
 def test_page_shows_every_method_and_both_retentions(costs):
     methods = compared_methods(ratios=(0.111,), seeds=(0, 1))
     records = [
-        record(method, [VISUAL] * 2 + [10 + number] * 4, number, float(number < 3), f"p{number}")
+        record(
+            method,
+            [VISUAL] * 2 + [10 + number] * 4,
+            number,
+            float(number < 3),
+            f"p{number}",
+            0.1 + number / 100,
+        )
         for method in methods
         for number in range(4)
     ]

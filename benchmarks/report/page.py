@@ -24,9 +24,9 @@ How to read it
 - Brackets are {LEVEL:.0%} bootstrap intervals ({RESAMPLES:,} resamples of pages, since questions
   about one page are not independent). **Gain** is the difference from all tokens, question by
   question.
-- Methods called *-like* follow a paper's rule with the simplifications that their files in
-  `glimpseprune/baselines/` state. Those that drop tokens before the decoder or inside it do so by
-  forbidding attention, which gives the answers of removed tokens and saves no time here.
+- Methods called *-like* follow a paper's rule with the simplifications that `docs/evaluate.md` and
+  their files in `glimpseprune/baselines/` state. FastV-like and PyramidDrop-like forbid attention
+  to dropped tokens, which gives the answers of shorter sequences and saves no time here.
 - Kept tokens keep their positions everywhere. No method but GlimpsePrune was trained, and the
   oracle is told where the evidence is.
 """
@@ -120,7 +120,8 @@ def _adaptation(figures: Figures, kinds: Sequence[Record]) -> list[str]:
     edges = np.quantile([record.evidence for record in records], [0.25, 0.5, 0.75])
     quarters = ["least evidence", "less evidence", "more evidence", "most evidence"]
     kept = [record.by_layer[-1] / record.visual for record in records]
-    alike = np.corrcoef(kept, [record.evidence for record in records])[0, 1]
+    evidence = [record.evidence for record in records]
+    alike = np.corrcoef(kept, evidence)[0, 1] if np.std(kept) and np.std(evidence) else np.nan
     parts = [
         "## How retention adapts",
         "",

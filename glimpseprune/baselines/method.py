@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
@@ -23,12 +23,14 @@ class PreparedBatch:
         visual_counts: visual tokens of each row.
         encoded: the same inputs with the images as the vision encoder left them, for methods that
             do not look into it.
+        encoder_reading: what a method saw in the vision encoder, for its next run on the batch.
     """
 
     samples: list[Sample]
     inputs: dict
     visual_counts: list[int]
     encoded: dict
+    encoder_reading: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def everything(self) -> torch.Tensor:
@@ -42,11 +44,14 @@ class Application:
 
     Attributes:
         options: arguments of `generate`.
-        masks: what each decoder layer works on, where the model does not prune by itself.
+        masks: what each decoder layer works on, where the model's own machinery drops nothing.
+        last_full_layer: the last layer that works on all tokens where it does, -1 for none;
+            default: the glimpse layer.
     """
 
     options: dict[str, object]
     masks: LayerMasks | None = None
+    last_full_layer: int | None = None
 
     def tokens_by_layer(
         self, cache: Cache | None, visual_counts: list[int], sizes: ModelSizes
@@ -65,8 +70,9 @@ class Application:
             return torch.stack([row.sum(0) for row in masks.split(visual_counts)])
         counts = torch.tensor(visual_counts)[:, None].repeat(1, sizes.layers)
         if hasattr(cache, "glimpse"):
+            full = sizes.glimpse_layer if self.last_full_layer is None else self.last_full_layer
             kept = cache.glimpse.keep_mask.cpu().split(visual_counts)
-            counts[:, sizes.glimpse_layer + 1 :] = torch.stack([row.sum() for row in kept])[:, None]
+            counts[:, full + 1 :] = torch.stack([row.sum() for row in kept])[:, None]
         return counts
 
 

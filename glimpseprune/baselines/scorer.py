@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .layer_masks import LayerMasks, masked_layers, prefill_begun
+from modeling_glimpseprune.pruned_forward import PruneRequest
+
+from .layer_masks import prefill_begun
 from .method import Application, Method
 from .model_sizes import ModelSizes
 from .prompt_tokens import PromptTokens, prompts_of
@@ -30,6 +32,11 @@ def keep_highest(scores: torch.Tensor, budget: int) -> torch.Tensor:
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep[scores.argsort(descending=True, stable=True)[:budget]] = True
     return keep
+
+
+def drop_before_decoder(request: PruneRequest, keep: torch.Tensor) -> None:
+    """Have a prefill drop the visual tokens outside `keep` (`(N,)` bool) before its first layer."""
+    request.visual_keep_mask, request.glimpse_layer = keep, -1
 
 
 @dataclass(frozen=True)
@@ -72,18 +79,13 @@ class BeforeDecoder(Method):
 
     @contextmanager
     def applied(self, model, processor, batch) -> Iterator[Application]:
-        masks = LayerMasks()
-
         def begin(request, inputs_embeds) -> None:
-            masks.begin(
-                request.tokens, len(inputs_embeds), model.config.get_text_config().num_hidden_layers
-            )
             prompts = prompts_of(request, inputs_embeds, processor, batch.samples, self.ratio)
-            keep = [keep_highest(self.scorer.scores(each), each.budget) for each in prompts]
-            masks.drop_from(0, torch.cat(keep))
+            masks = [keep_highest(self.scorer.scores(each), each.budget) for each in prompts]
+            drop_before_decoder(request, torch.cat(masks))
 
-        with masked_layers(model, masks), prefill_begun(model, begin):
-            yield Application({"visual_keep_mask": batch.everything}, masks)
+        with prefill_begun(model, begin):
+            yield Application({"visual_keep_mask": batch.everything}, last_full_layer=-1)
 
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return self.scorer.flops(sizes, visual)

@@ -20,11 +20,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from modeling_glimpseprune.modeling_qwen2_5_vl import window_order
 from modeling_glimpseprune.pruned_forward import PruneRequest
 
-from .layer_masks import LayerMasks, masked_layers, prefill_begun
+from .layer_masks import prefill_begun
 from .method import Application, Method
 from .model_sizes import ModelSizes
 from .prompt_tokens import budget_of
-from .scorer import keep_highest
+from .scorer import drop_before_decoder, keep_highest
 
 DOMINANT_SHARE = 27 / 32
 
@@ -37,13 +37,11 @@ class VisionZip(Method):
 
     @contextmanager
     def applied(self, model, processor, batch) -> Iterator[Application]:
-        layers = model.config.get_text_config().num_hidden_layers
-        masks, encoded = LayerMasks(), []
+        reading = batch.encoder_reading
 
         def begin(request: PruneRequest, inputs_embeds: torch.Tensor) -> torch.Tensor:
             tokens = request.tokens
-            masks.begin(tokens, len(inputs_embeds), layers)
-            received, keys = _by_token(model, request, *encoded)
+            received, keys = _by_token(model, request, *reading)
             embeddings = inputs_embeds[tokens.rows, tokens.columns]
             counts = batch.visual_counts
             zipped = [
@@ -53,17 +51,13 @@ class VisionZip(Method):
                     strict=True,
                 )
             ]  # fmt: skip
-            masks.drop_from(0, torch.cat([keep for keep, _ in zipped]))
+            drop_before_decoder(request, torch.cat([keep for keep, _ in zipped]))
             merged = inputs_embeds.clone()
             merged[tokens.rows, tokens.columns] = torch.cat([states for _, states in zipped])
             return merged
 
-        with (
-            _encoder_read(model, encoded),
-            masked_layers(model, masks),
-            prefill_begun(model, begin),
-        ):
-            yield Application({"visual_keep_mask": batch.everything}, masks)
+        with _encoder_read(model, reading), prefill_begun(model, begin):
+            yield Application({"visual_keep_mask": batch.everything}, last_full_layer=-1)
 
     @property
     def looks_into_encoder(self) -> bool:

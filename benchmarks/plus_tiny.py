@@ -33,7 +33,7 @@ from glimpseprune.training.base import load_for_training
 from glimpseprune.training.merging import merge_stage2
 from glimpseprune.training.recipe import read_recipe
 from glimpseprune.training.stage1 import train_stage1
-from glimpseprune.training.stage1_config import load_recipe
+from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage2 import train_stage2
 from glimpseprune.training.stage2_config import Stage2Recipe
 
@@ -142,7 +142,7 @@ def continue_stage1(
             "glimpse": {}, "training.max_steps": arguments.stage1_steps, "training.seed": seed,
             "training.learning_rate": 5e-4, "training.bf16": False, "training.disable_tqdm": True,
         }  # fmt: skip
-        recipe = load_recipe(REPOSITORY / "recipes/stage1_tiny.yaml", overrides)
+        recipe = read_recipe(Stage1Recipe, REPOSITORY / "recipes/stage1_tiny.yaml", overrides)
         train_stage1(recipe, resume=True)
     return output
 

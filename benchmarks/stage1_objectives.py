@@ -25,8 +25,10 @@ from glimpseprune.data.visual_cot_collator import VisualCoTCollator, repeat_visu
 from glimpseprune.loading import REPOSITORY, TINY_MODEL
 from glimpseprune.tiny_world.dataset import write_pages
 from glimpseprune.training.base import load_for_training, start_glimpse_as
-from glimpseprune.training.stage1 import last_checkpoint, train_stage1
-from glimpseprune.training.stage1_config import Stage1Recipe, load_recipe
+from glimpseprune.training.checkpoints import last_checkpoint
+from glimpseprune.training.recipe import read_recipe
+from glimpseprune.training.stage1 import train_stage1
+from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage1_losses import mask_figures
 from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 
@@ -158,12 +160,14 @@ def recipe_of(name: str, base: Path, arguments: argparse.Namespace) -> Stage1Rec
         "data": str(arguments.work / "train" / "train.jsonl"),
         "output": str(arguments.work / name),
     }
-    return load_recipe(RECIPE, fields)
+    return read_recipe(Stage1Recipe, RECIPE, fields)
 
 
 def untrained(base: Path, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
     """What training starts from; its choice is let through."""
-    recipe = load_recipe(RECIPE, {"base": str(base), "data": "none", "output": "none"})
+    recipe = read_recipe(
+        Stage1Recipe, RECIPE, {"base": str(base), "data": "none", "output": "none"}
+    )
     transformers.set_seed(seed)
     model, processor, _ = load_for_training(str(base), recipe.glimpse)
     start_glimpse_as(model, processor, recipe.start_text)

@@ -12,7 +12,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import VisualCoTCollator
 from glimpseprune.tiny_world.vocabulary import build_processor
-from glimpseprune.training.stage1_config import Stage1Recipe, load_recipe
+from glimpseprune.training.recipe import read_recipe
+from glimpseprune.training.stage1_config import Stage1Recipe
 
 GLIMPSE = {
     "glimpse_layer": 1,
@@ -76,11 +77,11 @@ def write_data(folder: Path) -> Path:
 
 
 def recipe_of(base: Path, data: Path, output: Path, /, **overrides) -> Stage1Recipe:
-    """A recipe of four steps; overrides as `load_recipe` takes them."""
+    """A recipe of four steps; overrides as `read_recipe` takes them."""
     fields = {"base": str(base), "data": str(data), "output": str(output)}
     training = {f"training.{name}": value for name, value in TRAINING.items()}
     glimpse = {f"glimpse.{name}": value for name, value in GLIMPSE.items()}
-    return load_recipe(None, fields | training | glimpse | overrides)
+    return read_recipe(Stage1Recipe, None, fields | training | glimpse | overrides)
 
 
 def command_line(recipe: Stage1Recipe) -> list[str]:

@@ -30,9 +30,10 @@ from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import VisualCoTCollator
 from glimpseprune.loading import prepare
 from glimpseprune.training.base import load_for_training
+from glimpseprune.training.recipe import read_recipe
 from glimpseprune.training.repository import UNDER_OWN_NAMES, write_repository
 from glimpseprune.training.stage1 import train_stage1
-from glimpseprune.training.stage1_config import load_recipe
+from glimpseprune.training.stage1_config import Stage1Recipe
 from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneLlavaConfig
 
 NAMES = ("llava", "llava_next")
@@ -145,7 +146,9 @@ def test_stage_1_ends_in_a_repository_that_a_fresh_process_loads(base, data, tmp
     fields = {"base": str(base), "data": str(data), "output": str(tmp_path / "out")}
     overrides = {f"glimpse.{name}": value for name, value in GLIMPSE.items()}
     overrides |= {f"training.{name}": value for name, value in training.items()}
-    summary = train_stage1(load_recipe(None, fields | overrides | {"questions_per_image": 2}))
+    summary = train_stage1(
+        read_recipe(Stage1Recipe, None, fields | overrides | {"questions_per_image": 2})
+    )
     assert summary["questions"] == 4 and summary["steps"] == 3
     fresh = load_for_training(str(base), GLIMPSE)[0].state_dict()
     model, processor, _ = load_for_training(str(tmp_path / "out"))

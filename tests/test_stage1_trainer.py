@@ -24,8 +24,10 @@ from glimpseprune.hub.folders import vacant_sibling
 from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
 from glimpseprune.training.base import load_for_training, start_glimpse_as
-from glimpseprune.training.stage1 import last_checkpoint, train_stage1
-from glimpseprune.training.stage1_config import Stage1Config, load_recipe, parse_override
+from glimpseprune.training.checkpoints import last_checkpoint
+from glimpseprune.training.recipe import parse_override, read_recipe
+from glimpseprune.training.stage1 import train_stage1
+from glimpseprune.training.stage1_config import Stage1Config, Stage1Recipe
 from glimpseprune.training.stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures
 from glimpseprune.training.stage1_trainer import GLIMPSE_WEIGHTS, Stage1Trainer
 from modeling_glimpseprune.configuration_glimpseprune import (
@@ -140,7 +142,7 @@ def test_recipe_file_and_overrides(tmp_path):
     overrides = dict(
         parse_override(text) for text in ("training.seed=8", "glimpse.min_keep_tokens=2")
     )
-    recipe = load_recipe(path, overrides | {"base": "other/base"})
+    recipe = read_recipe(Stage1Recipe, path, overrides | {"base": "other/base"})
     config = recipe.training_config()
     assert recipe.base == "other/base"
     assert recipe.glimpse == {"glimpse_layer": 5, "min_keep_tokens": 2}
@@ -190,7 +192,7 @@ def test_override_needs_a_value():
 )
 def test_official_recipes(name, num_layers, expected):
     given = {"data": "d", "output": "o", "training.bf16": False}
-    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", given)
+    recipe = read_recipe(Stage1Recipe, REPOSITORY / "recipes" / f"{name}.yaml", given)
     training = recipe.training_config()
     assert (training.dice_weight, training.bce_weight, training.answer_weight) == (1.0, 0.1, 1.0)
     assert (training.learning_rate, training.lr_scheduler_type) == (1e-4, "cosine")
@@ -207,7 +209,9 @@ def test_official_recipes(name, num_layers, expected):
 @pytest.mark.parametrize(("size", "glimpse_layer"), [("7b", 21), ("13b", 26)])
 def test_official_llava_recipes(size, glimpse_layer):
     given = {"data": "d", "output": "o", "training.bf16": False}
-    recipe = load_recipe(REPOSITORY / "recipes" / f"stage1_llava_1_5_{size}.yaml", given)
+    recipe = read_recipe(
+        Stage1Recipe, REPOSITORY / "recipes" / f"stage1_llava_1_5_{size}.yaml", given
+    )
     assert recipe.base == f"llava-hf/llava-1.5-{size}-hf"
     training, config = recipe.training_config(), GlimpsePruneLlavaConfig(**recipe.glimpse)
     assert (training.learning_rate, training.per_device_train_batch_size) == (1e-4, 8)
@@ -217,7 +221,7 @@ def test_official_llava_recipes(size, glimpse_layer):
 
 def test_tiny_recipe_fits_the_tiny_base():
     given = {"base": "b", "data": "d", "output": "o", "training.bf16": False}
-    recipe = load_recipe(REPOSITORY / "recipes" / "stage1_tiny.yaml", given)
+    recipe = read_recipe(Stage1Recipe, REPOSITORY / "recipes" / "stage1_tiny.yaml", given)
     assert isinstance(recipe.training_config(), Stage1Config)
     sizes = tiny_config(build_processor()).to_dict()
     GlimpsePruneQwen2_5_VLConfig(

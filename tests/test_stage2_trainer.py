@@ -34,7 +34,7 @@ from glimpseprune.training.rollout import (
     share_prompts,
 )
 from glimpseprune.training.stage1 import train_stage1
-from glimpseprune.training.stage1_config import load_recipe
+from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage2 import train_stage2
 from glimpseprune.training.stage2_config import Lora, Stage2Recipe
 from glimpseprune.training.stage2_trainer import NonFiniteLoss, Stage2Trainer
@@ -56,7 +56,7 @@ def glimpsing(base, data, tmp_path_factory):  # noqa: F811
         "training.bf16": False, "training.use_cpu": True, "training.max_steps": 1,
         "training.disable_tqdm": True, "training.learning_rate": 0.0,
     }  # fmt: skip
-    train_stage1(load_recipe(None, fields))
+    train_stage1(read_recipe(Stage1Recipe, None, fields))
     return output
 
 

@@ -7,39 +7,29 @@ Writes the adapter to `OUTPUT.adapter`, the merged model to `OUTPUT.merged` and 
 import argparse
 from pathlib import Path
 
+from .recipe_arguments import add_data_arguments, add_set_argument, read_overrides
 from .train_stage2 import require_trl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, required=True, help="of stage 2")
     parser.add_argument("--stage1-recipe", type=Path, help="default: the one stage 2's names")
-    parser.add_argument("--base", help="GlimpsePrune repository or stock model: folder or Hub id")
+    add_data_arguments(parser)
     parser.add_argument("--merge-base", help="stock model to merge into (default: --base)")
-    parser.add_argument("--data", help="JSON lines in the Visual-CoT schema, for both stages")
-    parser.add_argument("--image-folder", help="image paths are relative to it (default: the data)")
     parser.add_argument("--output", required=True, help="folder of the repository to write")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     for stage in ("stage1", "stage2"):
-        parser.add_argument(
-            f"--set-{stage}",
-            action="append",
-            default=[],
-            metavar="FIELD=VALUE",
-            help=f"any field of {stage}'s recipe",
-        )
+        add_set_argument(parser, f"--set-{stage}", f"any field of {stage}'s recipe")
 
 
 def run(arguments: argparse.Namespace) -> int:
     require_trl()
     from ..training.plus import train_plus
     from ..training.recipe import read_recipe
-    from ..training.stage1_config import parse_override
     from ..training.stage2_config import Stage2Recipe
 
-    stage1 = dict(parse_override(text) for text in arguments.set_stage1)
-    stage2 = dict(parse_override(text) for text in arguments.set_stage2)
-    flags = {name: getattr(arguments, name) for name in ("base", "data", "image_folder")}
-    stage2 |= {name: value for name, value in flags.items() if value is not None}
+    stage1 = read_overrides(arguments, (), arguments.set_stage1)
+    stage2 = read_overrides(arguments, ("base", "data", "image_folder"), arguments.set_stage2)
     stage2["output"] = f"{arguments.output}.adapter"
     recipe = read_recipe(Stage2Recipe, arguments.recipe, stage2)
     stage1_recipe = arguments.stage1_recipe or recipe.stage1_recipe

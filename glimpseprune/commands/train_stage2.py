@@ -6,36 +6,26 @@ Several processes: `accelerate launch -m glimpseprune.cli train-stage2 --recipe 
 import argparse
 from pathlib import Path
 
+from .recipe_arguments import add_data_arguments, add_run_arguments, read_overrides
+
 FLAGS = ("base", "data", "image_folder", "output", "mask")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, help="YAML file (see recipes/stage2_*.yaml)")
-    parser.add_argument("--base", help="GlimpsePrune repository or stock model: folder or Hub id")
-    parser.add_argument("--data", help="JSON lines in the Visual-CoT schema")
-    parser.add_argument("--image-folder", help="image paths are relative to it (default: the data)")
+    add_data_arguments(parser)
     parser.add_argument("--output", help="folder of the adapter to write; must not exist")
     parser.add_argument("--mask", help="what rollouts keep: model, evidence or all")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any field of the recipe, such as rewards.anls=0.5",
-    )
+    add_run_arguments(parser, "rewards.anls=0.5")
 
 
 def run(arguments: argparse.Namespace) -> int:
     require_trl()
     from ..training.recipe import read_recipe
-    from ..training.stage1_config import parse_override
     from ..training.stage2 import train_stage2
     from ..training.stage2_config import Stage2Recipe
 
-    overrides = dict(parse_override(text) for text in arguments.set)
-    flags = {name: getattr(arguments, name) for name in FLAGS}
-    overrides |= {name: value for name, value in flags.items() if value is not None}
+    overrides = read_overrides(arguments, FLAGS, arguments.set)
     recipe = read_recipe(Stage2Recipe, arguments.recipe, overrides)
     summary = train_stage2(recipe, resume=arguments.resume)
     if summary is not None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..hub.folders import check_vacant
 from .merging import holds_glimpse, merge_stage2
+from .recipe import read_recipe
 from .stage1 import train_stage1
-from .stage1_config import load_recipe
+from .stage1_config import Stage1Recipe
 from .stage2 import train_stage2
 from .stage2_config import Stage2Recipe
 
@@ -63,6 +64,8 @@ def train_plus(
     if holds_glimpse(merged):
         overrides["start_text"] = None
     overrides |= dict(stage1_overrides or {})
-    recipe = load_recipe(stage1, overrides | {"base": str(merged), "output": str(output)})
+    recipe = read_recipe(
+        Stage1Recipe, stage1, overrides | {"base": str(merged), "output": str(output)}
+    )
     logger.info("stage 1: %s", output)
     return train_stage1(recipe, resume)

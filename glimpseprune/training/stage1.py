@@ -1,11 +1,8 @@
 """A run of stage 1 from its recipe: data, base, training, evaluation, repository."""
 
-import json
 import logging
-import re
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import accelerate
 import torch
@@ -14,8 +11,8 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.visual_cot import VisualCoTDataset, read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
-from ..hub.folders import check_vacant
 from .base import load_for_training, start_glimpse_as
+from .checkpoints import checkpoint_to_resume
 from .repository import write_repository
 from .run_plot import plot_run
 from .stage1_config import Stage1Config, Stage1Recipe
@@ -44,13 +41,7 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
         OSError: for files or models that cannot be read.
     """
     config = recipe.training_config()
-    check_vacant(recipe.output)
-    checkpoint = last_checkpoint(recipe.checkpoint_folder)
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"{recipe.checkpoint_folder} holds checkpoints of an earlier run: go on with --resume, "
-            "or remove the folder"
-        )
+    checkpoint = checkpoint_to_resume(recipe, resume)
     train, validation = _dataset(recipe, config, recipe.data), None
     if recipe.validation_data:
         validation = _dataset(recipe, config, recipe.validation_data)
@@ -82,28 +73,6 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return summary
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end, or None.
-
-    The trainer's state is written last, so a checkpoint without a readable one was interrupted.
-    """
-    if not folder.is_dir():
-        return None
-    numbered = {
-        int(match[1]): path
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    for number in sorted(numbered, reverse=True):
-        try:
-            json.loads((numbered[number] / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was interrupted while written: ignored", numbered[number])
-            continue
-        return numbered[number]
-    return None
 
 
 def _dataset(recipe: Stage1Recipe, config: Stage1Config, path: str) -> VisualCoTDataset:

@@ -1,14 +1,13 @@
 """Settings of stage 1: what the trainer takes, and the recipe file around it."""
 
 import math
-import re
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from transformers import TrainingArguments
+
+from .recipe import TrainingRecipe, check_known
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 WEIGHTS = (
@@ -20,7 +19,6 @@ WEIGHTS = (
     "retention_weight",
 )
 TEMPERATURES = ("mask_temperature", "final_mask_temperature")
-EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for a string
 
 
 @dataclass
@@ -130,52 +128,25 @@ class Stage1Config(TrainingArguments):
 
 
 @dataclass
-class Stage1Recipe:
-    """A recipe file: data, base and settings of one run of stage 1.
+class Stage1Recipe(TrainingRecipe):
+    """A recipe file: data, base and settings of one run of stage 1; beside those of every run:
 
     Args:
         base: a stock model or a GlimpsePrune repository to go on training; folder or Hub id.
-        data: JSON-lines file in the Visual-CoT schema.
-        validation_data: the same, held out; None measures nothing.
-        image_folder: folder that image paths are relative to; default: each file's own.
-        output: folder of the repository to be written.
+        validation_data: questions held out; None measures nothing.
         glimpse: configuration fields of the glimpse (see `GlimpsePruneConfigMixin`) for a stock
             base.
         start_text: text whose mean token embedding fresh glimpse tokens start as; default: random.
         questions_per_image: questions about one image that may share a batch, and its encoding;
             `training.per_device_train_batch_size` counts images then.
-        max_questions: use the first so many questions of `data`.
-        skip_rows_without_boxes: leave such rows out instead of refusing them.
-        min_pixels, max_pixels: bounds on a training image's area; default: the processor's.
-        attn_implementation: as `from_pretrained` takes it.
         training: fields of `Stage1Config`.
     """
 
-    base: str | None = None
-    data: str | None = None
     validation_data: str | None = None
-    image_folder: str | None = None
-    output: str | None = None
     glimpse: dict = field(default_factory=dict)
     start_text: str | None = None
     questions_per_image: int = 1
-    max_questions: int | None = None
-    skip_rows_without_boxes: bool = False
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    attn_implementation: str | None = None
     training: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        for name in ("base", "data", "output"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: name it in the recipe or by --{name}")
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Where a run keeps what it needs to be resumed: beside the output."""
-        output = Path(self.output).absolute()
-        return output.with_name(f"{output.name}.checkpoints")
 
     def training_config(self) -> Stage1Config:
         """The trainer's settings.
@@ -184,57 +155,12 @@ class Stage1Recipe:
             ValueError: for a field that does not exist or cannot be.
         """
         known = {each.name for each in fields(Stage1Config) if each.init}
-        unknown = set(self.training) - (known - {"output_dir"})
-        if unknown:
-            raise ValueError(f"recipe: unknown field training.{sorted(unknown)[0]}")
+        check_known("training", self.training, known - {"output_dir"})
         settings = {"output_dir": str(self.checkpoint_folder), **self.training}
         if self.validation_data:
             settings.setdefault("eval_strategy", "steps")
             settings.setdefault("eval_steps", settings.get("save_steps", Stage1Config.save_steps))
         return Stage1Config(**settings)
-
-
-def load_recipe(path: str | Path | None, overrides: dict[str, object]) -> Stage1Recipe:
-    """Read a recipe and put other values in the place of some of its own.
-
-    Args:
-        path: a YAML file, or None for the defaults alone.
-        overrides: values by field; a dot reaches into `glimpse` and `training`.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: naming the field that is unknown, missing or of a wrong type.
-    """
-    content = {}
-    if path is not None:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of fields, got {content!r}")
-    for name, value in overrides.items():
-        section, dot, key = name.partition(".")
-        if dot:
-            content[section] = {**content.get(section, {}), key: value}
-        else:
-            content[section] = value
-    known = {each.name for each in fields(Stage1Recipe)}
-    for name, value in content.items():
-        if name not in known:
-            raise ValueError(f"recipe: unknown field {name}")
-        if name in ("glimpse", "training") and not isinstance(value, dict):
-            raise ValueError(f"recipe: {name} must be a mapping of fields, got {value!r}")
-    return Stage1Recipe(**_with_numbers(content))
-
-
-def parse_override(text: str) -> tuple[str, object]:
-    """`"training.learning_rate=1e-3"` to its field and value, which is read as YAML.
-
-    Raises:
-        ValueError: when there is no `=`.
-    """
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--set takes field=value, got {text!r}")
-    return name, yaml.safe_load(value)
 
 
 def computes_in_bfloat16() -> bool:
@@ -243,12 +169,3 @@ def computes_in_bfloat16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _with_numbers(value: object) -> object:
-    """The same with numbers such as `1e-4`, which YAML leaves as strings, as numbers."""
-    if isinstance(value, dict):
-        return {name: _with_numbers(each) for name, each in value.items()}
-    if isinstance(value, str) and EXPONENT.fullmatch(value):
-        return float(value)
-    return value

@@ -12,13 +12,13 @@ import trl
 
 from ..data.visual_cot import read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
-from ..hub.folders import check_vacant, vacant_sibling
+from ..hub.folders import vacant_sibling
 from ..judge import JudgeError
 from ..portable import write_json
 from .base import load_for_training
+from .checkpoints import checkpoint_to_resume, last_checkpoint
 from .repository import SUMMARY_FILE
 from .rewards import build_rewards
-from .stage1 import last_checkpoint
 from .stage2_config import Lora, Stage2Recipe
 from .stage2_trainer import Stage2Trainer
 
@@ -44,13 +44,7 @@ def train_stage2(recipe: Stage2Recipe, resume: bool = False) -> dict | None:
             saving a checkpoint.
     """
     config, lora = recipe.training_config(), Lora(**recipe.lora)
-    check_vacant(recipe.output)
-    checkpoint = last_checkpoint(recipe.checkpoint_folder)
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"{recipe.checkpoint_folder} holds checkpoints of an earlier run: go on with --resume, "
-            "or remove the folder"
-        )
+    checkpoint = checkpoint_to_resume(recipe, resume)
     rewards = build_rewards(recipe.rewards, recipe.judge)
     questions = read_visual_cot(recipe.data, recipe.image_folder, recipe.skip_rows_without_boxes)
     questions = questions[: recipe.max_questions]

@@ -1,8 +1,6 @@
 """Settings of stage 2: what the trainer takes, and the recipe file around it."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -10,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from .recipe import TrainingRecipe, check_known
 from .stage1_config import computes_in_bfloat16
 
 MASKS = ("model", "evidence", "all")
@@ -100,59 +99,35 @@ class Lora:
 
 
 @dataclass
-class Stage2Recipe:
-    """A recipe file: data, base and settings of one run of stage 2.
+class Stage2Recipe(TrainingRecipe):
+    """A recipe file: data, base and settings of one run of stage 2; beside those of every run:
 
     Args:
         base: a GlimpsePrune repository, or with masks that need no glimpse a stock model; folder or
             Hub id.
-        data: JSON-lines file in the Visual-CoT schema.
-        image_folder: folder that image paths are relative to; default: the data's own.
-        output: folder of the adapter to be written.
         mask: what rollouts keep: what the `"model"` chooses, the `"evidence"` boxes, or `"all"`
             tokens, which is reinforcement learning without pruning.
         rewards: weight of each reward (see `rewards.py`) by its name.
         judge: fields of `JudgeConfig`, for the reward `judge`.
         lora: fields of `Lora`.
-        max_questions: use the first so many questions of `data`.
-        skip_rows_without_boxes: leave such rows out instead of refusing them.
-        min_pixels, max_pixels: bounds on a training image's area; default: the processor's.
-        attn_implementation: as `from_pretrained` takes it.
         stage1_recipe: the recipe to run on the merged model, for `glimpseprune merge` to name.
         training: fields of `Stage2Config`.
     """
 
-    base: str | None = None
-    data: str | None = None
-    image_folder: str | None = None
-    output: str | None = None
     mask: str = "model"
     rewards: dict = field(default_factory=lambda: {"exact_match": 1.0})
     judge: dict = field(default_factory=dict)
     lora: dict = field(default_factory=dict)
-    max_questions: int | None = None
-    skip_rows_without_boxes: bool = False
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    attn_implementation: str | None = None
     stage1_recipe: str | None = None
     training: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("base", "data", "output"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: name it in the recipe or by --{name}")
+        super().__post_init__()
         if self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
-        _check_known("lora", self.lora, (each.name for each in fields(Lora)))
+        check_known("lora", self.lora, (each.name for each in fields(Lora)))
         known = {each.name for each in fields(Stage2Config) if each.init}
-        _check_known("training", self.training, known - {"output_dir", "reward_weights"})
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Where a run keeps what it needs to be resumed: beside the output."""
-        output = Path(self.output).absolute()
-        return output.with_name(f"{output.name}.checkpoints")
+        check_known("training", self.training, known - {"output_dir", "reward_weights"})
 
     def training_config(self) -> Stage2Config:
         """The trainer's settings.
@@ -168,9 +143,3 @@ class Stage2Recipe:
     def to_dict(self) -> dict:
         """All fields, for a summary."""
         return asdict(self)
-
-
-def _check_known(section: str, content: dict, known: Iterable[str]) -> None:
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise ValueError(f"recipe: unknown field {section}.{unknown[0]}")

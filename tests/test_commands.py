@@ -59,6 +59,6 @@ def test_evaluate_writes_results_of_all_settings(tmp_path, capsys):
     results = report["results"]
     assert report["settings"]["questions"] == 12
     assert results["all tokens"]["all"]["retention"] == 1.0
-    capped = results["GlimpsePrune, capped, 11.1%"]["all"]
+    capped = results["pruned, max_keep_ratio 0.111"]["all"]
     assert capped["questions"] == 12 and 0 < capped["retention"] <= 0.112
-    assert 0 < results["GlimpsePrune"]["all"]["retention"] < 1
+    assert 0 < results["pruned"]["all"]["retention"] < 1

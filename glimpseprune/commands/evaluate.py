@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..baselines.catalogue import label
     from ..evaluation import evaluate, summarise
     from ..loading import TINY_MODEL, load_model
 
@@ -34,12 +33,17 @@ def run(arguments: argparse.Namespace) -> int:
     )
     methods = _methods(arguments.seed)
     evaluation = evaluate(
-        model, processor, samples, methods, arguments.batch_size, arguments.max_new_tokens
+        model,
+        processor,
+        samples,
+        list(methods.values()),
+        arguments.batch_size,
+        arguments.max_new_tokens,
     )
     results = {}
-    for method, answers in zip(methods, evaluation.answers, strict=True):
-        results[label(method)] = summarise(answers)
-        _print_row(label(method), results[label(method)]["all"])
+    for name, answers in zip(methods, evaluation.answers, strict=True):
+        results[name] = summarise(answers)
+        _print_row(name, results[name]["all"])
     print(f"time in the model: {evaluation.seconds_in_model / evaluation.seconds:.1%}")
     report = {"settings": _describe(arguments, model, len(samples)), "results": results}
     if arguments.output:
@@ -48,17 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _methods(seed: int) -> list:
+def _methods(seed: int) -> dict:
     from ..baselines.method import Method, OwnPruning
     from ..baselines.random_tokens import RandomTokens
     from ..baselines.scorer import AtGlimpseLayer
 
-    return [
-        Method(),
-        OwnPruning(),
-        OwnPruning("GlimpsePrune, capped", CAP),
-        AtGlimpseLayer("random, at layer K", CAP, seed, RandomTokens(seed)),
-    ]
+    return {
+        "all tokens": Method(),
+        "pruned": OwnPruning(),
+        f"pruned, max_keep_ratio {CAP}": OwnPruning(ratio=CAP),
+        f"random, keep ratio {CAP}": AtGlimpseLayer("random", CAP, seed, RandomTokens(seed)),
+    }
 
 
 def read_samples(
@@ -111,7 +115,7 @@ def _write_test_pages(folder: Path, questions: int, seed: int, kinds: tuple[str,
 
 def _print_row(name: str, figures: dict[str, float]) -> None:
     print(
-        f"{name:34} accuracy {figures['accuracy']:.4f}  retention {figures['retention']:.4f}  "
+        f"{name:32} accuracy {figures['accuracy']:.4f}  retention {figures['retention']:.4f}  "
         f"questions {figures['questions']}",
         flush=True,
     )

@@ -259,13 +259,13 @@ def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
 
     monkeypatch.setitem(rewards.REWARDS, "anls", likes_seven)
     recipe = make_recipe(
-        **{"rewards": {"anls": 1.0}, "training.max_steps": 20, "training.learning_rate": 0.03,
+        **{"rewards": {"anls": 1.0}, "training.max_steps": 14, "training.learning_rate": 0.03,
            "training.per_device_train_batch_size": 24, "training.beta": 0.0,
            "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"}
     )  # fmt: skip
     train_stage2(recipe)
     gained = [entry["reward"] for entry in history(recipe)]
-    assert sum(gained[:4]) / 4 < 0.04 and sum(gained[-8:]) / 8 > 0.12
+    assert sum(gained[:4]) / 4 < 0.04 and sum(gained[-6:]) / 6 > 0.08
 
 
 def test_log_probabilities_of_policy_and_reference_start_equal(make_recipe):
@@ -278,7 +278,7 @@ def test_several_updates_a_round_use_the_rounds_own_masks(make_recipe):
     """Old log-probabilities are needed then; micro-batches hold shuffled rows of all prompts."""
     settings = {
         "training.per_device_train_batch_size": 4, "training.steps_per_generation": 4,
-        "training.num_iterations": 2, "training.max_steps": 8, "training.learning_rate": 0.0,
+        "training.num_iterations": 2, "training.max_steps": 4, "training.learning_rate": 0.0,
         "training.beta": 0.1, "training.logging_steps": 1,
     }  # fmt: skip
     recipe = make_recipe(**settings)
@@ -397,6 +397,7 @@ def test_bad_recipes_end_in_a_sentence(make_recipe, capsys, overrides, message, 
     assert message in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_uninterrupted_training(make_recipe):
     """A run that stops between checkpoints ends with the same weights."""
     settings = {"training.max_steps": 4, "training.save_steps": 2}
@@ -424,7 +425,7 @@ def stop():
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("into", ["repository", "stock"])
+@pytest.mark.parametrize("into", ["repository", pytest.param("stock", marks=pytest.mark.slow)])
 def test_plus_runs_all_three_steps(make_recipe, base, glimpsing, data, tmp_path, capsys, into):  # noqa: F811
     """And the merged model computes what base and adapter did together."""
     recipe = make_recipe("unused")

@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--work", type=Path, default=Path("runs/stage1_objectives"))
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pages", type=int, default=600, help="pages to train on")
     parser.add_argument("--images", type=int, default=2, help="pages a step, 8 questions each")
@@ -68,7 +69,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     """Train, choose, measure; the content of the JSON file."""
     base, pages = stock_base(arguments.work / "base"), make_pages(arguments)
     validation, test = pages["validation"], pages["test"]
-    training = {name: train(name, base, arguments) for name in OBJECTIVES}
+    training = {name: train(name, base, arguments) for name in arguments.objectives}
     results: dict[str, dict] = {}
     model, processor = untrained(base, arguments.seed)
     results["base"] = {
@@ -76,7 +77,7 @@ def compare(arguments: argparse.Namespace) -> dict:
         "test": measure(model, processor, test, prune=False),
     }
     wanted = results["base"]["validation"]["accuracy"] - TOLERANCE
-    for name in OBJECTIVES:
+    for name in arguments.objectives:
         model, processor, _ = load_for_training(str(arguments.work / name))
         threshold, curve = choose_threshold(model.eval(), processor, validation, wanted)
         results[name] = {
@@ -86,7 +87,7 @@ def compare(arguments: argparse.Namespace) -> dict:
             "test": measure(model, processor, test, prune_threshold=threshold),
         }
         print(name, json.dumps(results[name]["test"]), flush=True)
-    most = max(results[name]["test"]["retention"] for name in OBJECTIVES)
+    most = max(results[name]["test"]["retention"] for name in arguments.objectives)
     model, processor = untrained(base, arguments.seed)
     forced = {"prune_threshold": 0.0, "max_keep_ratio": most}
     results["none"] = {"test": measure(model, processor, test, **forced)} | forced

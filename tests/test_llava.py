@@ -394,6 +394,6 @@ def test_evaluate_counts_retention_a_question(base, data, tmp_path, capsys):
     assert main(["evaluate", *arguments, "--output", str(output)]) == 0
     results = json.loads(output.read_text())["results"]
     assert results["all tokens"]["all"]["retention"] == 1.0
-    for name in ("GlimpsePrune, capped, 11.1%", "random, at layer K, 11.1%"):
+    for name in ("pruned, max_keep_ratio 0.111", "random, keep ratio 0.111"):
         assert results[name]["all"]["questions"] == 4
         assert 0 < results[name]["all"]["retention"] <= 0.112

@@ -141,7 +141,7 @@ def train(name: str, base: Path, arguments: argparse.Namespace) -> dict:
     if not summary_file.exists():
         train_stage1(recipe, resume=last_checkpoint(recipe.checkpoint_folder) is not None)
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    return {key: summary[key] for key in ("steps", "minutes_since_start_or_resume", "metrics")}
+    return {key: summary[key] for key in ("steps", "metrics")}
 
 
 def recipe_of(name: str, base: Path, arguments: argparse.Namespace) -> Stage1Recipe:

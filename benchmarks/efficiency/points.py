@@ -213,7 +213,8 @@ def _generate(model, prompt: Prompt, tokens: int, **settings):
 
 def _encode(pair: Pair, prompt: Prompt) -> None:
     names = pair.pruned.model.visual_inputs["image"]
-    pair.stock.get_image_features(**{name: prompt.inputs[name] for name in names})
+    given = {name: prompt.inputs[name] for name in names if name in prompt.inputs}
+    pair.stock.get_image_features(**given)
 
 
 def _decoding(pair: Pair, prompt: Prompt, settings: dict) -> Callable:

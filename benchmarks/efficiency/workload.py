@@ -49,7 +49,6 @@ SCALED_VISION = {
     "out_hidden_size": 512,
     "fullatt_block_indexes": [7],
 }
-LLAVA_IMAGE_TOKENS = 576
 
 
 class Pair(NamedTuple):
@@ -137,7 +136,7 @@ def build_prompt(
     """
     device, config = model.device, model.config
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(10, 1000, (batch, text), generator=generator)
+    words = torch.randint(10, 100, (batch, text), generator=generator)
     if hasattr(config, "vision_start_token_id"):
         height = round(math.sqrt(visual))
         width = max(1, round(visual / height))
@@ -150,8 +149,8 @@ def build_prompt(
         grid = torch.tensor([[1, height * merge, width * merge]] * batch)
         inputs = {"image_grid_thw": grid}
     else:
-        images = max(1, round(visual / LLAVA_IMAGE_TOKENS))
-        count, size = images * LLAVA_IMAGE_TOKENS, config.vision_config.image_size
+        images = max(1, round(visual / config.image_seq_length))
+        count, size = images * config.image_seq_length, config.vision_config.image_size
         row = [config.image_token_id] * count
         shape, inputs = (batch * images, 3, size, size), {}
     ids = torch.cat([torch.tensor([row] * batch), words], dim=1)

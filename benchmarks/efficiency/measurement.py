@@ -4,7 +4,8 @@ import re
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -51,13 +52,25 @@ def in_turns(calls: dict[str, Callable], repetitions: int) -> dict[str, list]:
     return results
 
 
-def seconds_of(call: Callable, device: torch.device) -> float:
-    """Seconds that a call takes."""
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
+@contextmanager
+def clocked_module(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """The seconds of each call of a module inside the context."""
+    seconds: list[float] = []
+
+    def start(*args) -> None:
+        synchronise(device)
+        seconds.append(-time.perf_counter())
+
+    def stop(*args) -> None:
+        synchronise(device)
+        seconds[-1] += time.perf_counter()
+
+    handles = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def median_ratio(seconds: list[float], others: list[float]) -> float:

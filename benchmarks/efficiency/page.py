@@ -66,11 +66,10 @@ def _centre(centre: dict) -> str:
         "|---|---|---|---|",
     ]
     first, steps = centre["seconds to the first token"], centre["seconds a decode step"]
-    vision = centre["seconds of the vision encoder"]
+    less = centre["seconds to the first token without vision"]
     ratios, peaks = centre["ratios"], centre["peak bytes above the weights"]
     held = centre["cache bytes after the prefill"]
     rows.append(_row("seconds to the first token", first, ratios["first token"]))
-    less = {name: first[name] - vision for name in ("stock", "pruned")}
     rows.append(_row("less the vision encoder", less, ratios["first token without vision"]))
     if steps:
         rows.append(_row("milliseconds a decode step", steps, ratios["decode step"], 1e3))

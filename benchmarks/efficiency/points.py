@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from benchmarks.efficiency.measurement import (
     StepClock,
     cache_bytes,
+    clocked_module,
     flops_by_stage,
     in_turns,
     median_ratio,
     peak_bytes,
-    seconds_of,
     synchronise,
 )
 from benchmarks.efficiency.workload import Pair, Prompt, build_config, build_pair, build_prompt
@@ -100,23 +101,24 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         ),
         "equal cache": lambda tokens, **more: _generate(pair.stock, short, tokens, **more),
     }
+    models = {
+        name: pair.stock if name in ("stock", "equal cache") else pair.pruned for name in runs
+    }
     clocked = in_turns(
-        {name: _clocked(run, point.new_tokens, centre.device) for name, run in runs.items()},
+        {name: _clocked(run, models[name], point.new_tokens) for name, run in runs.items()},
         centre.repetitions,
     )
-    first = {name: [clock[0] for clock in clocks] for name, clocks in clocked.items()}
-    steps = {
-        name: [statistics.median(clock[1:]) for clock in clocks if clock[1:]]
-        for name, clocks in clocked.items()
+    first = {name: [steps[0] for _, steps in runs] for name, runs in clocked.items()}
+    decoder_only = {
+        name: [steps[0] - vision for vision, steps in runs] for name, runs in clocked.items()
     }
-    vision = in_turns(
-        {"vision": lambda: seconds_of(lambda: _encode(pair, prompt), centre.device)},
-        centre.repetitions,
-    )["vision"]
+    steps = {
+        name: [statistics.median(steps[1:]) for _, steps in runs if steps[1:]]
+        for name, runs in clocked.items()
+    }
     ratios = {
         "first token": median_ratio(first["pruned"], first["stock"]),
-        "first token without vision": _without(first["pruned"], vision)
-        / _without(first["stock"], vision),
+        "first token without vision": median_ratio(decoder_only["pruned"], decoder_only["stock"]),
         "unpruned first token": median_ratio(first["unpruned"], first["stock"]),
     }
     if point.new_tokens > 1:
@@ -151,7 +153,7 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         "layers": layers,
         "average visual tokens a layer": (below * prompt.visual + (layers - below) * kept) / layers,
         "seconds to the first token": _medians(first),
-        "seconds of the vision encoder": statistics.median(vision),
+        "seconds to the first token without vision": _medians(decoder_only),
         "seconds a decode step": _medians(steps),
         "peak bytes above the weights": peaks,
         "cache bytes after the prefill": held,
@@ -211,12 +213,6 @@ def _generate(model, prompt: Prompt, tokens: int, **settings):
     )
 
 
-def _encode(pair: Pair, prompt: Prompt) -> None:
-    names = pair.pruned.model.visual_inputs["image"]
-    given = {name: prompt.inputs[name] for name in names if name in prompt.inputs}
-    pair.stock.get_image_features(**given)
-
-
 def _decoding(pair: Pair, prompt: Prompt, settings: dict) -> Callable:
     """One step over a cache that grows by a token a call."""
     output = _generate(pair.pruned, prompt, 1, **settings)
@@ -224,23 +220,24 @@ def _decoding(pair: Pair, prompt: Prompt, settings: dict) -> Callable:
     return lambda: pair.pruned(input_ids=token, past_key_values=cache, use_cache=True)
 
 
-def _clocked(run: Callable, tokens: int, device: torch.device) -> Callable[[], list[float]]:
-    """A generation that returns the seconds to its first token and of each step."""
+def _clocked(
+    run: Callable, model: PreTrainedModel, tokens: int
+) -> Callable[[], tuple[float, list[float]]]:
+    """A generation that returns the seconds of its vision encoder, and those of each token."""
+    backbone = model.model
+    encoder = backbone.visual if hasattr(backbone, "visual") else backbone.vision_tower
 
-    def call() -> list[float]:
-        clock = StepClock(device)
-        run(tokens, stopping_criteria=[clock])
-        return clock.seconds
+    def call() -> tuple[float, list[float]]:
+        with clocked_module(encoder, model.device) as vision:
+            clock = StepClock(model.device)
+            run(tokens, stopping_criteria=[clock])
+        return sum(vision), clock.seconds
 
     return call
 
 
 def _bound(run: Callable, tokens: int) -> Callable:
     return lambda: run(tokens)
-
-
-def _without(seconds: list[float], part: list[float]) -> float:
-    return statistics.median(seconds) - statistics.median(part)
 
 
 def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -17,9 +17,9 @@ from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SCALED = "scaled"
 REAL = ("qwen2_5_vl_3b", "qwen2_5_vl_7b", "llava_1_5_7b")
-# Qwen2.5-VL-7B with every width divided by about seven and half its layers, K = 9 of 14 for 18 of
-# 28, and a vision encoder of eight blocks, one with full attention: for machines without an
-# accelerator.
+# Qwen2.5-VL-7B with every width divided by about seven and half its layers (K = 9 of 14 for 18 of
+# 28, two layers of the predictor for four), and a vision encoder of eight blocks, one with full
+# attention: for machines without an accelerator.
 SCALED_TEXT = {
     "num_hidden_layers": 14,
     "max_window_layers": 14,
@@ -37,7 +37,7 @@ SCALED_TEXT = {
     "vision_end_token_id": 8189,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "vision_layers": [7, 5, 3, 1],
+    "vision_layers": [7, 3],
     "predictor_hidden_size": 32,
     "predictor_condition_size": 80,
 }

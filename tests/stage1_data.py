@@ -75,7 +75,7 @@ def write_data(folder: Path) -> Path:
     return path
 
 
-def recipe_of(base: Path, data: Path, output: Path, **overrides) -> Stage1Recipe:
+def recipe_of(base: Path, data: Path, output: Path, /, **overrides) -> Stage1Recipe:
     """A recipe of four steps; overrides as `load_recipe` takes them."""
     fields = {"base": str(base), "data": str(data), "output": str(output)}
     training = {f"training.{name}": value for name, value in TRAINING.items()}

@@ -231,6 +231,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
         "base": f"{TINY} at {commit}",
         "pages": f"{arguments.grid[0]}x{arguments.grid[1]} tokens",
         "test_questions": arguments.questions,
+        "recipes": ["recipes/stage2_tiny.yaml", "recipes/stage1_tiny.yaml"],
         "stage2_steps": arguments.stage2_steps,
         "stage2_prompts_a_step": PROMPTS_A_STEP,
         "stage2_completions_a_prompt": 8,

@@ -22,7 +22,7 @@ fi
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-workers=(-n "$(nproc)")
+workers=(-n "$(getconf _NPROCESSORS_ONLN)") # not nproc, which takes OMP_NUM_THREADS for an answer
 echo "== transformers 5"
 "$python" -m pytest "${workers[@]}" "$@"
 echo "== transformers 4.57"

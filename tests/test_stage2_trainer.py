@@ -530,11 +530,8 @@ def test_two_processes_train_together(make_recipe, tmp_path):
     recipe = make_recipe(**{"training.beta": 0.1, "training.max_steps": 2})
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.to_dict()))
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2",
-        "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
-        "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path),
-    ]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
     summary = json.loads((Path(recipe.output) / "training_summary.json").read_text())
     assert summary["processes"] == 2 and summary["steps"] == 2

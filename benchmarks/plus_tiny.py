@@ -138,7 +138,7 @@ def continue_stage1(
     output = arguments.work / f"{seed}.{name}"
     if not output.exists():
         overrides = {
-            "base": str(base()), "data": str(data), "output": str(output), "start_text": None,
+            "base": str(base()), "data": str(data), "output": str(output),
             "glimpse": {}, "training.max_steps": arguments.stage1_steps, "training.seed": seed,
             "training.learning_rate": 5e-4, "training.bf16": False, "training.disable_tqdm": True,
         }  # fmt: skip

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from conversion.merge_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge
 from conversion.publishing import resolve_base
-from conversion.repository import is_glimpse, resolve_folder
+from conversion.repository import resolve_folder
 
-from ..hub.shards import find_shards, read_json
+from ..hub.shards import read_json
 from .repository import SUMMARY_FILE
 
 
@@ -44,13 +44,6 @@ def next_command(adapter: Path, merged: Path) -> str:
     """
     summary = read_json(adapter / SUMMARY_FILE) if (adapter / SUMMARY_FILE).exists() else {}
     recipe = summary.get("recipe", {}).get("stage1_recipe") or "RECIPE"
-    going_on = " --set start_text=null" if holds_glimpse(merged) else ""
     return (
-        f"glimpseprune train-stage1 --recipe {recipe} --base {merged}{going_on} "
-        "--data DATA --output OUTPUT"
+        f"glimpseprune train-stage1 --recipe {recipe} --base {merged} --data DATA --output OUTPUT"
     )
-
-
-def holds_glimpse(folder: Path) -> bool:
-    """Whether a model's weights include a glimpse's, with which stage 1 goes on."""
-    return any(is_glimpse(name) for shard in find_shards(folder) for name in shard.tensors)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..hub.folders import check_vacant
-from .merging import holds_glimpse, merge_stage2
+from .merging import merge_stage2
 from .recipe import read_recipe
 from .stage1 import train_stage1
 from .stage1_config import Stage1Recipe
@@ -61,8 +61,6 @@ def train_plus(
         merge_stage2(str(adapter), merge_base or stage2.base, merged)
     overrides = {"data": stage2.data, "image_folder": stage2.image_folder}
     overrides |= {"skip_rows_without_boxes": stage2.skip_rows_without_boxes}
-    if holds_glimpse(merged):
-        overrides["start_text"] = None
     overrides |= dict(stage1_overrides or {})
     recipe = read_recipe(
         Stage1Recipe, stage1, overrides | {"base": str(merged), "output": str(output)}

@@ -49,7 +49,7 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     model, processor, dtype = load_for_training(
         recipe.base, recipe.glimpse, config.bf16, recipe.attn_implementation
     )
-    if recipe.start_text is not None:
+    if recipe.start_text is not None and not model.model.glimpse.trained:
         start_glimpse_as(model, processor, recipe.start_text)
     trainer = Stage1Trainer(
         model,

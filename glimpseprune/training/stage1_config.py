@@ -137,6 +137,7 @@ class Stage1Recipe(TrainingRecipe):
         glimpse: configuration fields of the glimpse (see `GlimpsePruneConfigMixin`) for a stock
             base.
         start_text: text whose mean token embedding fresh glimpse tokens start as; default: random.
+            A trained glimpse goes on from where it is.
         questions_per_image: questions about one image that may share a batch, and its encoding;
             `training.per_device_train_batch_size` counts images then.
         training: fields of `Stage1Config`.

@@ -4,6 +4,7 @@
 
 writes `efficiency.json`, and with `--page FILE` a Markdown page with plots. Every sweep changes one
 setting of the centre. Weights are random and the kept share is forced, so nothing is downloaded.
+Points that are in the file already are not measured again.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     results = arguments.output / RESULTS
     if not arguments.only_page:
         content = {"machine": describe_machine(arguments.device), "settings": settings(arguments)}
-        content["points"] = measure_all(
+        known = measured_before(results, content) if results.exists() else []
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for points in measure_all(
             Centre(
                 arguments.geometry,
                 torch.device(arguments.device),
@@ -66,16 +69,29 @@ def main(argv: list[str] | None = None) -> int:
                 "new_tokens": arguments.new_tokens,
                 "glimpse_layer": arguments.glimpse_layer,
             },
-        )
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write_json(results, content)
+            known,
+        ):
+            write_json(results, content | {"points": points})
     if arguments.page:
         write_page(read_json(results), arguments.page)
     return 0
 
 
+def measured_before(results: Path, content: dict) -> list[dict]:
+    """The points of an earlier run, which need not be measured again.
+
+    Raises:
+        ValueError: when they are of another machine or of other settings.
+    """
+    earlier = read_json(results)
+    for part in ("machine", "settings"):
+        if earlier[part] != content[part]:
+            raise ValueError(f"{results} was measured with {earlier[part]}, now {content[part]}")
+    return earlier["points"]
+
+
 def settings(arguments: argparse.Namespace) -> dict[str, object]:
-    chosen = ("geometry", "dtype", "attention", "repetitions", "text_tokens")
+    chosen = ("geometry", "dtype", "attention", "text_tokens")
     return {name: getattr(arguments, name) for name in chosen}
 
 

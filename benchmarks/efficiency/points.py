@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -68,10 +68,18 @@ def points_of(sweeps: dict[str, list]) -> list[Point]:
     return points
 
 
-def measure_all(centre: Centre, sweeps: dict[str, list]) -> list[dict]:
-    """Measure every point; one line each is printed on the way."""
-    results, pair, layer = [], None, None
-    for point in sorted(points_of(sweeps), key=lambda each: each.glimpse_layer):
+def measure_all(
+    centre: Centre, sweeps: dict[str, list], measured: Sequence[dict] = ()
+) -> Iterator[list[dict]]:
+    """Measure every point that is not among the measured ones; one line each is printed.
+
+    Yields:
+        All results so far, the centre's first.
+    """
+    results, pair, layer = list(measured), None, None
+    known = [each["point"] for each in measured]
+    missing = [point for point in points_of(sweeps) if asdict(point) not in known]
+    for point in sorted(missing, key=lambda each: each.glimpse_layer):
         if point.glimpse_layer != layer:
             layer = point.glimpse_layer
             pair = None  # frees the weights of the last
@@ -80,7 +88,8 @@ def measure_all(centre: Centre, sweeps: dict[str, list]) -> list[dict]:
         results.append(measure(centre, point, pair))
         ratios = {name: round(value, 3) for name, value in results[-1]["ratios"].items()}
         print(asdict(point), ratios, file=sys.stderr, flush=True)
-    return sorted(results, key=lambda each: each["point"]["sweep"] != "centre")
+        results.sort(key=lambda each: each["point"]["sweep"] != "centre")
+        yield results
 
 
 @torch.no_grad()
@@ -147,6 +156,7 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
     below = point.glimpse_layer + 1
     result = {
         "point": asdict(point),
+        "repetitions": centre.repetitions,
         "visual": prompt.visual,
         "kept": kept,
         "text": prompt.text,
@@ -154,6 +164,11 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         "average visual tokens a layer": (below * prompt.visual + (layers - below) * kept) / layers,
         "seconds to the first token": _medians(first),
         "seconds to the first token without vision": _medians(decoder_only),
+        "every time": {
+            "first token": first,
+            "first token without vision": decoder_only,
+            "decode step": steps,
+        },
         "seconds a decode step": _medians(steps),
         "peak bytes above the weights": peaks,
         "cache bytes after the prefill": held,

@@ -52,6 +52,8 @@ def write_page(results: dict, page: Path) -> None:
 def _introduction(results: dict) -> str:
     machine, settings = results["machine"], results["settings"]
     described = ", ".join(f"{name}: {value}" for name, value in (machine | settings).items())
+    repetitions = sorted({point["repetitions"] for point in results["points"]})
+    unpruned = sorted(point["ratios"]["unpruned first token"] for point in results["points"])
     return f"""# Efficiency
 
 Written by `python -m benchmarks.efficiency --output benchmarks/results --page docs/efficiency.md`.
@@ -61,7 +63,10 @@ ratios of calls that followed one another. Retention is the kept share of the vi
 layer K, and is forced. Peak memory on a CPU follows the tensors that operations return
 (`LiveBytes`); what kernels need inside themselves is not in it.
 
-{described}."""
+{described}; repetitions: {" or ".join(map(str, repetitions))} (`--repetitions`; the JSON says which).
+
+How far to trust a ratio of times: `prune=False` runs the stock computations (the same operations by
+count), and its ratios range from {unpruned[0]:.2f} to {unpruned[-1]:.2f}."""
 
 
 def _centre(centre: dict) -> str:

@@ -63,7 +63,7 @@ ratios of calls that followed one another. Retention is the kept share of the vi
 layer K, and is forced. Peak memory on a CPU follows the tensors that operations return
 (`LiveBytes`); what kernels need inside themselves is not in it.
 
-{described}; repetitions: {" or ".join(map(str, repetitions))} (`--repetitions`; the JSON says which).
+{described}; repetitions: {" or ".join(map(str, repetitions))} (the JSON says which).
 
 How far to trust a ratio of times: `prune=False` runs the stock computations (the same operations by
 count), and its ratios range from {unpruned[0]:.2f} to {unpruned[-1]:.2f}."""

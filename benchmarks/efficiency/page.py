@@ -56,7 +56,8 @@ def _introduction(results: dict) -> str:
     unpruned = sorted(point["ratios"]["unpruned first token"] for point in results["points"])
     return f"""# Efficiency
 
-Written by `python -m benchmarks.efficiency --output benchmarks/results --page docs/efficiency.md`.
+Written by `python -m benchmarks.efficiency --output benchmarks/results --page docs/efficiency.md`
+with the sweeps `{_flags(results["points"])}`.
 Pruned and stock model share weights (random) and attention implementation, run in turns in one
 process, and compute the logits of the last position only. Ratios are pruned over stock, medians of
 ratios of calls that followed one another. Retention is the kept share of the visual tokens after
@@ -67,6 +68,14 @@ layer K, and is forced. Peak memory on a CPU follows the tensors that operations
 
 How far to trust a ratio of times: `prune=False` runs the stock computations (the same operations by
 count), and its ratios range from {unpruned[0]:.2f} to {unpruned[-1]:.2f}."""
+
+
+def _flags(points: list[dict]) -> str:
+    """The arguments that name these points."""
+    names = [name for name in points[0]["point"] if name != "sweep"]
+    values = {name: dict.fromkeys(each["point"][name] for each in points) for name in names}
+    flags = (f"--{name.replace('_', '-')} {' '.join(map(str, values[name]))}" for name in names)
+    return " ".join(flags)
 
 
 def _centre(centre: dict) -> str:

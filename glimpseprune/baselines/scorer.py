@@ -40,8 +40,8 @@ def drop_before_decoder(request: PruneRequest, keep: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class AtGlimpseLayer(Method):
-    """Drops tokens where GlimpsePrune does, by its own machinery: a rule against the predictor.
+class Scored(Method):
+    """Keeps the tokens that a rule scores highest; subclasses say where the others go.
 
     Attributes:
         scorer: the rule.
@@ -54,13 +54,29 @@ class AtGlimpseLayer(Method):
         def begin(request, inputs_embeds) -> None:
             prompts = prompts_of(request, inputs_embeds, processor, batch.samples, self.ratio)
             masks = [keep_highest(self.scorer.scores(each), each.budget) for each in prompts]
-            request.visual_keep_mask = torch.cat(masks)
+            self.drop(request, torch.cat(masks))
 
         with prefill_begun(model, begin):
-            yield Application({"visual_keep_mask": batch.everything})
+            yield self.application({"visual_keep_mask": batch.everything})
+
+    def drop(self, request: PruneRequest, keep: torch.Tensor) -> None:
+        """Have a prefill drop the visual tokens outside `keep` (`(N,)` bool)."""
+        raise NotImplementedError
+
+    def application(self, options: dict[str, object]) -> Application:
+        """The method at work, with these options of `generate`."""
+        return Application(options)
 
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return self.scorer.flops(sizes, visual)
+
+
+@dataclass(frozen=True)
+class AtGlimpseLayer(Scored):
+    """Drops tokens where GlimpsePrune does, by its own machinery: a rule against the predictor."""
+
+    def drop(self, request: PruneRequest, keep: torch.Tensor) -> None:
+        request.visual_keep_mask = keep
 
     @property
     def drops_inside_glimpse_layer(self) -> bool:
@@ -68,24 +84,11 @@ class AtGlimpseLayer(Method):
 
 
 @dataclass(frozen=True)
-class BeforeDecoder(Method):
-    """Drops tokens before the decoder's first layer.
+class BeforeDecoder(Scored):
+    """Drops tokens before the decoder's first layer."""
 
-    Attributes:
-        scorer: the rule.
-    """
+    def drop(self, request: PruneRequest, keep: torch.Tensor) -> None:
+        drop_before_decoder(request, keep)
 
-    scorer: Scorer | None = None
-
-    @contextmanager
-    def applied(self, model, processor, batch) -> Iterator[Application]:
-        def begin(request, inputs_embeds) -> None:
-            prompts = prompts_of(request, inputs_embeds, processor, batch.samples, self.ratio)
-            masks = [keep_highest(self.scorer.scores(each), each.budget) for each in prompts]
-            drop_before_decoder(request, torch.cat(masks))
-
-        with prefill_begun(model, begin):
-            yield Application({"visual_keep_mask": batch.everything}, last_full_layer=-1)
-
-    def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
-        return self.scorer.flops(sizes, visual)
+    def application(self, options: dict[str, object]) -> Application:
+        return Application(options, last_full_layer=-1)

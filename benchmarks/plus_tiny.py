@@ -2,33 +2,35 @@
 
     python -m benchmarks.plus_tiny --work runs/plus_tiny
 
-starts from an earlier, less trained tiny repository out of the git history, and for each seed runs
-stage 2 on pruned and on whole prompts, merges, and goes on with stage 1 on both results and on the
-untouched repository. What is finished is kept in the working folder and not done again. The table
-goes to `benchmarks/results/plus_tiny.json`, after every measurement.
+makes a base with head-room by training the tiny one on at a high rate and stopping there
+(`recipes/tiny_base_stopped.yaml`), runs stage 1 on it, and for each seed stage 2 on pruned prompts,
+on whole ones, and with sampled masks. Results are merged, and go on with stage 1, as the untouched
+repository does; sampled masks do not need it. What is finished is kept in the working folder and
+not done again, so that several processes may each do some of the seeds or masks. The table goes to
+`benchmarks/results/plus_tiny.json` after every measurement.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import torch
 import transformers
 import trl
 
-from glimpseprune.data.visual_cot import read_visual_cot
-from glimpseprune.data.visual_cot_collator import open_image
-from glimpseprune.evaluation import Options, Sample, all_tokens, evaluate, pruned
-from glimpseprune.loading import REPOSITORY
+from glimpseprune.baselines.method import Method, OwnPruning
+from glimpseprune.evaluation import evaluate
+from glimpseprune.loading import REPOSITORY, TINY_MODEL
+from glimpseprune.portable import write_json
 from glimpseprune.tiny_world.dataset import write_pages
 from glimpseprune.tiny_world.pages import PageSettings
+from glimpseprune.tiny_world.recipe import load_recipe
+from glimpseprune.tiny_world.training import BaseTrainer
+from glimpseprune.tiny_world.vocabulary import build_processor
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.merging import merge_stage2
 from glimpseprune.training.recipe import read_recipe
@@ -37,23 +39,36 @@ from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage2 import train_stage2
 from glimpseprune.training.stage2_config import Stage2Recipe
 
-TINY = "hub_configs/tiny"
+RECIPES = REPOSITORY / "recipes"
+BASE_RECIPE, STAGE1_RECIPE, STAGE2_RECIPE = (
+    RECIPES / f"{name}.yaml" for name in ("tiny_base_stopped", "stage1_tiny", "stage2_tiny")
+)
+TINY_SEED = 1  # of the training of hub_configs/tiny
 RESULTS = REPOSITORY / "benchmarks" / "results" / "plus_tiny.json"
+BASE = "base, all tokens"
 QUESTIONS_A_PAGE = 8
 PROMPTS_A_STEP = 32
+AGAIN = {"training.learning_rate": 5e-4}  # of a glimpse that is there already
+MASKS = {
+    "model": "RL on pruned prompts",
+    "all": "RL on whole prompts",
+    "sampled": "RL with sampled masks",
+}
+# Without scaling within a group, whose answers may all be right, retention keeps its small weight.
+SAMPLED = {"rewards.retention": 0.1, "training.scale_rewards": "batch"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for everything on the way")
-    parser.add_argument("--revision", default="e223b72^", help="commit of the tiny repository")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--stage2-steps", type=int, default=32)
-    parser.add_argument("--stage1-steps", type=int, default=25)
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of stage 2")
-    parser.add_argument("--questions", type=int, default=512, help="test questions")
-    parser.add_argument("--grid", type=int, nargs=2, default=(8, 8), help="page size in tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--masks", choices=MASKS, nargs="+", default=list(MASKS))
+    parser.add_argument("--stage2-steps", type=int, default=120)
+    parser.add_argument("--stage1-steps", type=int, default=150)
+    parser.add_argument("--again-steps", type=int, default=50, help="of stage 1 after stage 2")
+    parser.add_argument("--questions", type=int, default=1000, help="test questions")
+    parser.add_argument("--grid", type=int, nargs=2, default=(10, 10), help="page size in tokens")
     parser.add_argument("--finished-only", action="store_true", help="train nothing: table alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(argv)
@@ -63,17 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing and write the table; returns 0."""
     arguments = parse(argv)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    base = earlier_repository(arguments.work, arguments.revision)
-    test = pages(arguments, "test", 0, arguments.questions)
-    measured: dict[str, list[dict[str, float]]] = {}
-    for arm in arms(arguments, base):
+    measured: dict[str, list[dict]] = {}
+    for arm in arms(arguments):
         if arguments.finished_only and not arm.kept(arguments.work).exists():
             continue
-        measured.setdefault(arm.name, []).append(measure(arguments, arm, test))
-        report = {"settings": describe(arguments), "results": summarise(measured)}
+        measured.setdefault(arm.name, []).append(measure(arguments, arm))
+        report = {"settings": describe(arguments), "results": table(measured)}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    show(summarise(measured))
+        write_json(arguments.output, report)
+    show(table(measured))
     return 0
 
 
@@ -85,93 +98,114 @@ class Arm:
         name: of the row.
         key: of the file that keeps the result.
         train: returns the repository to measure, trained if need be.
-        options: of `generate` when measured.
+        method: how it answers when measured.
     """
 
     name: str
     key: str
     train: Callable[[], Path]
-    options: Options
+    method: Method
 
     def kept(self, work: Path) -> Path:
         return work / f"{self.key}.json"
 
 
-def arms(arguments: argparse.Namespace, base: Path) -> Iterator[Arm]:
+def arms(arguments: argparse.Namespace) -> Iterator[Arm]:
     """Everything to measure; seeds differ in data, adapter and sampling."""
-    yield Arm("base, all tokens", "base.all", lambda: base, all_tokens)
-    yield Arm("stage 1", "base.pruned", lambda: base, pruned())
-    for seed in range(arguments.seeds):
-        again = partial(continue_stage1, arguments, seed=seed)
-        yield Arm(
-            "stage 1, continued", f"{seed}.stage1", partial(again, lambda: base, "stage1"), pruned()
-        )
-        for mask, name in (("model", "RL on pruned prompts"), ("all", "RL on whole prompts")):
-            merged = partial(run_stage2, arguments, base, seed, mask)
-            yield Arm(f"{name}, all tokens", f"{seed}.{mask}.all_tokens", merged, all_tokens)
-            plus = partial(again, merged, f"plus-{mask}")
-            yield Arm(f"{name}, stage 1 again", f"{seed}.{mask}.stage_1_again", plus, pruned())
+    start = partial(first_stage1, arguments)
+    whole, pruned = Method(), OwnPruning()
+    yield Arm(BASE, "base.whole", start, whole)
+    yield Arm("stage 1", "base.pruned", start, pruned)
+    for seed in arguments.seeds:
+        again = partial(stage1_again, arguments, seed)
+        yield Arm("stage 1, continued", f"{seed}.stage1", partial(again, start, "stage1"), pruned)
+        for mask in arguments.masks:
+            name = MASKS[mask]
+            merged = partial(run_stage2, arguments, seed, mask)
+            yield Arm(f"{name}, all tokens", f"{seed}.{mask}.whole", merged, whole)
+            yield Arm(f"{name}, pruned", f"{seed}.{mask}.pruned", merged, pruned)
+            if mask != "sampled":
+                plus = partial(again, merged, f"plus-{mask}")
+                yield Arm(f"{name}, stage 1 again", f"{seed}.{mask}.plus", plus, pruned)
 
 
-def run_stage2(arguments: argparse.Namespace, base: Path, data: Path, seed: int, mask: str) -> Path:
-    """The base with the adapter of one reinforcement learning merged in."""
+def stopped_base(arguments: argparse.Namespace) -> Path:
+    """A stock model: the tiny base trained on at a high rate, and stopped."""
+    trainer = BaseTrainer(
+        load_recipe(BASE_RECIPE), build_processor(), arguments.work / "base", TINY_SEED
+    )
+    if not trainer.resume():
+        trainer.start_from(TINY_MODEL)
+    trainer.train()
+    return trainer.output
+
+
+def first_stage1(arguments: argparse.Namespace) -> Path:
+    """The stopped base with a glimpse trained on it."""
+    output = arguments.work / "stage1"
+    if not output.exists():
+        settings = {"training.max_steps": arguments.stage1_steps, "training.seed": 0}
+        data = pages(arguments, "train", 0, arguments.stage1_steps * PROMPTS_A_STEP)
+        run_stage1(stopped_base(arguments), data, output, settings)
+    return output
+
+
+def stage1_again(
+    arguments: argparse.Namespace, seed: int, base: Callable[[], Path], name: str
+) -> Path:
+    """A repository whose glimpse was trained further on its own base."""
+    output = arguments.work / f"{seed}.{name}"
+    if not output.exists():
+        data = pages(arguments, "train", 20 + seed, arguments.again_steps * PROMPTS_A_STEP)
+        settings = {"glimpse": {}, "training.max_steps": arguments.again_steps} | AGAIN
+        run_stage1(base(), data, output, settings | {"training.seed": seed})
+    return output
+
+
+def run_stage1(base: Path, data: Path, output: Path, settings: dict[str, object]) -> None:
+    """Stage 1 by the tiny recipe with some settings of its own."""
+    folders = {"base": str(base), "data": str(data), "output": str(output)}
+    overrides = folders | settings | {"training.disable_tqdm": True}
+    train_stage1(read_recipe(Stage1Recipe, STAGE1_RECIPE, overrides), resume=True)
+
+
+def run_stage2(arguments: argparse.Namespace, seed: int, mask: str) -> Path:
+    """The first stage 1's result with the adapter of one reinforcement learning merged in."""
     adapter = arguments.work / f"{seed}.adapter-{mask}"
     merged = arguments.work / f"{seed}.merged-{mask}"
+    base = first_stage1(arguments)
     if not adapter.exists():
+        data = pages(arguments, "train", 10 + seed, arguments.stage2_steps * PROMPTS_A_STEP)
         overrides = {
             "base": str(base), "data": str(data), "output": str(adapter), "mask": mask,
             "training.max_steps": arguments.stage2_steps, "training.seed": seed,
-            "training.learning_rate": arguments.learning_rate, "training.disable_tqdm": True,
+            "training.disable_tqdm": True,
         }  # fmt: skip
-        recipe = read_recipe(Stage2Recipe, REPOSITORY / "recipes/stage2_tiny.yaml", overrides)
-        train_stage2(recipe, resume=True)
+        overrides |= SAMPLED if mask == "sampled" else {}
+        train_stage2(read_recipe(Stage2Recipe, STAGE2_RECIPE, overrides), resume=True)
     if not merged.exists():
         merge_stage2(str(adapter), str(base), merged)
     return merged
 
 
-def continue_stage1(
-    arguments: argparse.Namespace, base: Callable[[], Path], name: str, seed: int
-) -> Path:
-    """A repository whose glimpse was trained further on its own base."""
-    data = pages(arguments, "train", 20 + seed, arguments.stage1_steps * PROMPTS_A_STEP)
-    output = arguments.work / f"{seed}.{name}"
-    if not output.exists():
-        overrides = {
-            "base": str(base()), "data": str(data), "output": str(output),
-            "glimpse": {}, "training.max_steps": arguments.stage1_steps, "training.seed": seed,
-            "training.learning_rate": 5e-4, "training.bf16": False, "training.disable_tqdm": True,
-        }  # fmt: skip
-        recipe = read_recipe(Stage1Recipe, REPOSITORY / "recipes/stage1_tiny.yaml", overrides)
-        train_stage1(recipe, resume=True)
-    return output
-
-
-def measure(arguments: argparse.Namespace, arm: Arm, test: Path) -> dict[str, float]:
-    """Greedy accuracy and mean retention of a repository over the test questions."""
+def measure(arguments: argparse.Namespace, arm: Arm) -> dict:
+    """Each test question's score by greedy decoding, and the mean retention."""
     kept = arm.kept(arguments.work)
     if not kept.exists():
         model, processor, _ = load_for_training(str(arm.train()))
         processor.tokenizer.padding_side = "left"
-        rows = read_visual_cot(test)[: arguments.questions]
-        samples = [Sample(open_image(row.image), row.question, row.answer) for row in rows]
-        result = evaluate(model.eval(), processor, samples, arm.options, 32, 6)
-        kept.write_text(json.dumps(result.summary()["all"]))
+        samples = read_samples(arguments)
+        answers = evaluate(model.eval(), processor, samples, [arm.method], 32, 6).answers[0]
+        retention = statistics.mean(answer.kept for answer in answers)
+        write_json(kept, {"scores": [each.score for each in answers], "retention": retention})
     return json.loads(kept.read_text())
 
 
-def earlier_repository(work: Path, revision: str) -> Path:
-    """The tiny repository's weights and settings as a commit holds them."""
-    folder = work / "base"
-    if not folder.exists():
-        command = ["git", "archive", revision, TINY]
-        archive = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True).stdout
-        with tarfile.open(fileobj=BytesIO(archive)) as content:
-            files = [each for each in content if each.isfile()]
-            folder.mkdir()
-            for file in files:
-                (folder / Path(file.name).name).write_bytes(content.extractfile(file).read())
-    return folder
+def read_samples(arguments: argparse.Namespace) -> list:
+    """The test questions."""
+    from glimpseprune.commands.evaluate import read_samples
+
+    return read_samples(pages(arguments, "test", 0, arguments.questions), None, arguments.questions)
 
 
 def pages(arguments: argparse.Namespace, split: str, seed: int, questions: int) -> Path:
@@ -188,57 +222,54 @@ def pages(arguments: argparse.Namespace, split: str, seed: int, questions: int) 
     return lines
 
 
-def summarise(measured: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, object]]:
-    """Means over seeds, standard deviations, and accuracy as a share of the base's."""
-    reference = measured["base, all tokens"][0]["accuracy"]
+def table(measured: dict[str, list[dict]]) -> dict[str, dict[str, object]]:
+    """What each row amounts to.
 
-    def column(runs: list[dict[str, float]], name: str) -> dict:
-        values = [run[name] for run in runs]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return {"mean": statistics.mean(values), "deviation": deviation, "seeds": values}
-
-    return {
-        name: {
-            "accuracy": column(runs, "accuracy"),
-            "retention": column(runs, "retention"),
-            "of_base": statistics.mean(run["accuracy"] for run in runs) / reference,
+    `difference` is from the base's accuracy, and `difference_error` its standard error over the
+    questions, which are the same in all rows; `deviation` is that of the seeds' accuracies.
+    """
+    reference = measured[BASE][0]["scores"]
+    rows = {}
+    for name, runs in measured.items():
+        accuracies = [statistics.mean(run["scores"]) for run in runs]
+        by_question = zip(*(run["scores"] for run in runs), strict=True)
+        of_questions = [statistics.mean(scores) for scores in by_question]
+        gains = [own - base for own, base in zip(of_questions, reference, strict=True)]
+        accuracy, base = statistics.mean(accuracies), statistics.mean(reference)
+        rows[name] = {
+            "accuracy": accuracy,
+            "deviation": statistics.stdev(accuracies) if len(runs) > 1 else None,
+            "seeds": accuracies,
+            "difference": accuracy - base,
+            "difference_error": statistics.stdev(gains) / len(gains) ** 0.5,
+            "of_base": accuracy / base,
+            "retention": statistics.mean(run["retention"] for run in runs),
         }
-        for name, runs in measured.items()
-    }
+    return rows
 
 
-def show(results: dict[str, dict]) -> None:
+def show(rows: dict[str, dict]) -> None:
     """Print the table."""
-    for name, row in results.items():
-        accuracy, retention = row["accuracy"], row["retention"]
-        deviation = accuracy["deviation"]
-        spread = "" if deviation is None else f" ± {deviation:.4f}"
+    for name, row in rows.items():
+        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
         print(
-            f"{name:55} accuracy {accuracy['mean']:.4f}{spread}  "
-            f"retention {retention['mean']:.4f}  of base {row['of_base']:.3f}  "
-            f"seeds {len(accuracy['seeds'])}",
+            f"{name:42} accuracy {row['accuracy']:.4f}{spread:9}  "
+            f"difference {row['difference']:+.4f} ± {row['difference_error']:.4f}  "
+            f"of base {row['of_base']:.3f}  retention {row['retention']:.4f}  "
+            f"seeds {len(row['seeds'])}",
             flush=True,
         )
 
 
 def describe(arguments: argparse.Namespace) -> dict[str, object]:
     """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", f"{arguments.revision}"], cwd=REPOSITORY, check=True,
-        capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
+    names = ("stage2_steps", "stage1_steps", "again_steps", "questions", "seeds", "masks", "grid")
     return {
-        "base": f"{TINY} at {commit}",
-        "pages": f"{arguments.grid[0]}x{arguments.grid[1]} tokens",
-        "test_questions": arguments.questions,
-        "recipes": ["recipes/stage2_tiny.yaml", "recipes/stage1_tiny.yaml"],
-        "stage2_steps": arguments.stage2_steps,
-        "stage2_prompts_a_step": PROMPTS_A_STEP,
-        "stage2_completions_a_prompt": 8,
-        "stage2_learning_rate": arguments.learning_rate,
-        "stage1_steps": arguments.stage1_steps,
-        "stage1_learning_rate": 5e-4,
-        "dtype": "torch.float32",
+        **{name: getattr(arguments, name) for name in names},
+        "recipes": [path.name for path in (BASE_RECIPE, STAGE1_RECIPE, STAGE2_RECIPE)],
+        "prompts_a_step": PROMPTS_A_STEP,
+        "stage_1_again": AGAIN,
+        "sampled_masks": SAMPLED,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,

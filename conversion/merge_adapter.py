@@ -5,7 +5,8 @@
 Files of the base that hold no adapted weight are taken as they are; of the others, one at a time is
 in memory. peft does the arithmetic. The result is what the base was, a stock model folder or a
 GlimpsePrune repository: `glimpseprune train-stage1 --base MERGED` goes on with it. A repository's
-glimpse was trained on the base without the adapter.
+glimpse was trained on the base without the adapter, unless stage 2 trained it further (`mask:
+sampled`): then it comes out of the adapter's folder.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from conversion.publishing import resolve_base, run_command
 from conversion.repository import (
     LICENCE_FILES,
     copy_processor_files,
+    is_glimpse,
     rename_base,
     resolve_folder,
     write_index,
@@ -41,9 +43,12 @@ from glimpseprune.hub.shards import (
     read_json,
     read_shard,
 )
+from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_GLIMPSE = "glimpse.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_GLIMPSE)
 ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 COPIED = ("config.json", "generation_config.json", *LICENCE_FILES)
 # Settings whose effect is more than a sum of products per layer, with the value that is supported.
@@ -77,14 +82,15 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
     names = rename_base(shards, family)
     factors = read_adapter(adapter)
     modules = adapted_modules(factors, names, family)
+    glimpse = read_glimpse(adapter, shards)
     with vacant_sibling(output) as folder:
         weight_map = {}
         for index, shard in enumerate(tqdm(shards, desc="shards", disable=None), start=1):
             file_name = f"merged-{index:05d}-of-{len(shards):05d}.safetensors"
             ours = {name: modules[name] for name in shard.tensors if name in modules}
-            if ours:
+            if ours or not glimpse.keys().isdisjoint(shard.tensors):
                 save_file(
-                    merge_shard(shard, ours, factors, adapter),
+                    merge_shard(shard, ours, factors, adapter, glimpse),
                     folder / file_name,
                     metadata={"format": "pt"},
                 )
@@ -119,6 +125,28 @@ def read_adapter(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(shard.path)
 
 
+def read_glimpse(adapter: Path, shards: Sequence[Shard]) -> dict[str, torch.Tensor]:
+    """Glimpse weights that stage 2 trained, by the names that the base has.
+
+    Raises:
+        ConversionError: when they are not those of the base's glimpse.
+    """
+    path = adapter / ADAPTER_GLIMPSE
+    headers = {name: each for shard in shards for name, each in shard.tensors.items()}
+    held = {name: each["shape"] for name, each in headers.items() if is_glimpse(name)}
+    if not path.exists():
+        return {}
+    if not held:
+        logger.warning("%s is left out: the base has no glimpse", path)
+        return {}
+    found = {f"{GLIMPSE_PREFIX}{name}": each for name, each in read_shard(path).tensors.items()}
+    shapes = {name: each["shape"] for name, each in found.items()}
+    for name in sorted(held.keys() | shapes):
+        if held.get(name) != shapes.get(name):
+            raise ConversionError(f"{name} of {path} does not fit the base's glimpse")
+    return {f"{GLIMPSE_PREFIX}{name}": weight for name, weight in load_file(path).items()}
+
+
 def adapted_modules(
     factors: Mapping[str, torch.Tensor], names: Mapping[str, str], family: Family
 ) -> dict[str, str]:
@@ -142,20 +170,27 @@ def adapted_modules(
 
 
 def merge_shard(
-    shard: Shard, modules: Mapping[str, str], factors: Mapping[str, torch.Tensor], adapter: Path
+    shard: Shard,
+    modules: Mapping[str, str],
+    factors: Mapping[str, torch.Tensor],
+    adapter: Path,
+    glimpse: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """A shard's tensors, those of adapted modules merged.
+    """A shard's tensors, those of adapted modules merged and the glimpse replaced.
 
     Args:
         shard: file of the base.
         modules: adapted module of each of its weights that change.
         factors: the adapter's tensors.
         adapter: folder of its configuration.
+        glimpse: weights to put in the place of the shard's.
     """
     tensors = load_tensors(shard, shard.tensors)
     for name, module in modules.items():
         own = {key: value for key, value in factors.items() if ADAPTED.fullmatch(key)[1] == module}
         tensors[name] = merge_weight(tensors[name], module, own, adapter)
+    for name in glimpse.keys() & tensors.keys():
+        tensors[name] = glimpse[name].to(tensors[name].dtype)
     return tensors
 
 
@@ -212,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Merge what the arguments name."""
     base = resolve_base(arguments.base, arguments.base_revision)
-    adapter = resolve_folder(arguments.adapter, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    adapter = resolve_folder(arguments.adapter, ADAPTER_FILES)
     merge(base, adapter, arguments.output)
     print(f"wrote {arguments.output}")
 

@@ -24,12 +24,12 @@ from glimpseprune.hub.folders import vacant_sibling
 from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
 from glimpseprune.training.base import load_for_training, start_glimpse_as
-from glimpseprune.training.checkpoints import last_checkpoint
+from glimpseprune.training.checkpoints import GLIMPSE_WEIGHTS, last_checkpoint
 from glimpseprune.training.recipe import parse_override, read_recipe
 from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Config, Stage1Recipe
 from glimpseprune.training.stage1_losses import answer_loss, bce_loss, dice_loss, mask_figures
-from glimpseprune.training.stage1_trainer import GLIMPSE_WEIGHTS, Stage1Trainer
+from glimpseprune.training.stage1_trainer import Stage1Trainer
 from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,
     GlimpsePruneQwen2_5_VLConfig,

@@ -1,9 +1,15 @@
-"""Where an interrupted run goes on."""
+"""Where an interrupted run goes on, and what it knows of the glimpse."""
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from conversion.merge_adapter import ADAPTER_GLIMPSE as GLIMPSE_WEIGHTS
 
 from ..hub.folders import check_vacant
 from .recipe import TrainingRecipe
@@ -47,3 +53,17 @@ def last_checkpoint(folder: Path) -> Path | None:
             continue
         return numbered[number]
     return None
+
+
+def save_glimpse(model: PreTrainedModel, folder: Path) -> None:
+    """Write a GlimpsePrune model's glimpse weights, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: each.contiguous() for name, each in model.model.glimpse.state_dict().items()}
+    partial = folder / f"{GLIMPSE_WEIGHTS}.partial"
+    save_file(weights, partial)
+    os.replace(partial, folder / GLIMPSE_WEIGHTS)
+
+
+def load_glimpse(model: PreTrainedModel, folder: Path) -> None:
+    """Take the glimpse weights that `save_glimpse` wrote."""
+    model.model.glimpse.load_state_dict(load_file(folder / GLIMPSE_WEIGHTS))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conversion.merge_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge
+from conversion.merge_adapter import ADAPTER_CONFIG, ADAPTER_FILES, merge
 from conversion.publishing import resolve_base
 from conversion.repository import resolve_folder
 
@@ -27,7 +27,7 @@ def merge_stage2(
     Raises:
         ValueError: when something is missing or does not fit.
     """
-    folder = resolve_folder(adapter, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, SUMMARY_FILE))
+    folder = resolve_folder(adapter, (*ADAPTER_FILES, SUMMARY_FILE))
     base = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder} does not name its base: give it by --base")

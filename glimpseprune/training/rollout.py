@@ -29,12 +29,14 @@ class SharedPrompts:
         features: the encoded images.
         image_index: which of the images each prompt shows.
         keep_masks: one bool tensor a prompt over its visual tokens; None before they are chosen.
+        sources: which of the prompts that were repeated each is, see `repeated`.
     """
 
     inputs: dict[str, torch.Tensor]
     features: VisualFeatures
     image_index: list[int]
     keep_masks: list[torch.Tensor] | None = None
+    sources: list[int] | None = None
 
     @property
     def visual_counts(self) -> list[int]:
@@ -50,6 +52,15 @@ class SharedPrompts:
     def with_masks(self, keep_mask: torch.Tensor) -> "SharedPrompts":
         """The same with the keep mask `(N,)` of all visual tokens, prompt after prompt."""
         return replace(self, keep_masks=list(keep_mask.split(self.visual_counts)))
+
+    def repeated(self, copies: list[int]) -> "SharedPrompts":
+        """One prompt for each of `copies`, so that each can have a mask of its own."""
+        return SharedPrompts(
+            {name: values[copies] for name, values in self.inputs.items()},
+            self.features,
+            [self.image_index[prompt] for prompt in copies],
+            sources=copies,
+        )
 
     def model_inputs(self, prompts: list[int]) -> dict[str, object]:
         """What a prefill of some of the prompts takes."""

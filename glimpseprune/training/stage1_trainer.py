@@ -12,13 +12,11 @@ Two objectives, alone or together, by the weights of `Stage1Config`:
 
 import logging
 import math
-import os
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, Trainer
@@ -29,6 +27,7 @@ from modeling_glimpseprune.pruned_forward import corner_tokens
 from modeling_glimpseprune.visual_tokens import VisualFeatures
 
 from ..data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
+from .checkpoints import load_glimpse, save_glimpse
 from .soft_mask import annealed, log_keep_probability, logistic_noise
 from .stage1_config import Stage1Config
 from .stage1_losses import (
@@ -40,7 +39,6 @@ from .stage1_losses import (
     retention_loss,
 )
 
-GLIMPSE_WEIGHTS = "glimpse.safetensors"
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 OF_EVIDENCE = ("precision", "recall", "iou")  # figures of questions that have any
 
@@ -231,19 +229,14 @@ class Stage1Trainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = self.accelerator.unwrap_model(self.model).model.glimpse.state_dict()
-        partial = folder / f"{GLIMPSE_WEIGHTS}.partial"
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, partial)
-        os.replace(partial, folder / GLIMPSE_WEIGHTS)
+        model = self.accelerator.unwrap_model(self.model)
+        save_glimpse(model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         model = self.model if model is None else model
-        weights = load_file(Path(resume_from_checkpoint) / GLIMPSE_WEIGHTS)
-        self.accelerator.unwrap_model(model).model.glimpse.load_state_dict(weights)
+        load_glimpse(self.accelerator.unwrap_model(model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         logger.info("going back to the best checkpoint, %s", self.state.best_model_checkpoint)

@@ -16,7 +16,7 @@ from ..hub.folders import vacant_sibling
 from ..judge import JudgeError
 from ..portable import write_json
 from .base import load_for_training
-from .checkpoints import checkpoint_to_resume, last_checkpoint
+from .checkpoints import checkpoint_to_resume, last_checkpoint, save_glimpse
 from .repository import SUMMARY_FILE
 from .rewards import build_rewards
 from .stage2_config import Lora, Stage2Recipe
@@ -54,13 +54,15 @@ def train_stage2(recipe: Stage2Recipe, resume: bool = False) -> dict | None:
     model, processor, _ = load_for_training(
         recipe.base, bf16=config.bf16, attn_implementation=recipe.attn_implementation
     )
-    if recipe.mask == "model" and not model.model.glimpse.trained:
+    if recipe.mask in ("model", "sampled") and not model.model.glimpse.trained:
         raise ValueError(
             f"{recipe.base} has no trained glimpse to choose masks: train stage 1 first, or set "
             "mask to evidence"
         )
     collator = VisualCoTCollator(processor, recipe.min_pixels, recipe.max_pixels)
-    trainer = Stage2Trainer(model, config, rewards, questions, collator, recipe.mask, lora)
+    trainer = Stage2Trainer(
+        model, config, rewards, questions, collator, recipe.mask, lora, recipe.masks_per_prompt
+    )
     if resume:
         logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
     started = time.monotonic()
@@ -73,7 +75,10 @@ def train_stage2(recipe: Stage2Recipe, resume: bool = False) -> dict | None:
         return None
     summary = _summary(recipe, trainer, seconds)
     with vacant_sibling(recipe.output) as folder:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        adapted.save_pretrained(folder)
+        if recipe.mask == "sampled":
+            save_glimpse(adapted.get_base_model(), folder)
         write_json(folder / SUMMARY_FILE, summary)
     return summary
 

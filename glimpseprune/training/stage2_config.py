@@ -11,7 +11,7 @@ from trl import GRPOConfig
 from .recipe import TrainingRecipe, check_known
 from .stage1_config import computes_in_bfloat16
 
-MASKS = ("model", "evidence", "all")
+MASKS = ("model", "sampled", "evidence", "all")
 
 
 @dataclass
@@ -20,9 +20,11 @@ class Stage2Config(GRPOConfig):
 
     Args:
         bf16: mixed precision; `"auto"` switches it on where the hardware computes in bfloat16.
+        glimpse_learning_rate: of the glimpse, which sampled masks train; None: `learning_rate`.
     """
 
     bf16: bool | str = "auto"
+    glimpse_learning_rate: float | None = None
     beta: float = 0.04
     num_generations: int = 4
     max_completion_length: int = 128
@@ -105,8 +107,11 @@ class Stage2Recipe(TrainingRecipe):
     Args:
         base: a GlimpsePrune repository, or with masks that need no glimpse a stock model; folder or
             Hub id.
-        mask: what rollouts keep: what the `"model"` chooses, the `"evidence"` boxes, or `"all"`
-            tokens, which is reinforcement learning without pruning.
+        mask: what rollouts keep: what the `"model"` chooses; a choice `"sampled"` for each
+            completion, from which the glimpse learns too (see `sampled_masks.py`); the
+            `"evidence"` boxes; or `"all"` tokens, which is reinforcement learning without pruning.
+        masks_per_prompt: with sampled masks, how many the completions of a prompt share; fewer cost
+            less; None: each has its own.
         rewards: weight of each reward (see `rewards.py`) by its name.
         judge: fields of `JudgeConfig`, for the reward `judge`.
         lora: fields of `Lora`.
@@ -115,6 +120,7 @@ class Stage2Recipe(TrainingRecipe):
     """
 
     mask: str = "model"
+    masks_per_prompt: int | None = None
     rewards: dict = field(default_factory=lambda: {"exact_match": 1.0})
     judge: dict = field(default_factory=dict)
     lora: dict = field(default_factory=dict)
@@ -125,6 +131,10 @@ class Stage2Recipe(TrainingRecipe):
         super().__post_init__()
         if self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}")
+        if self.masks_per_prompt is not None and (
+            self.mask != "sampled" or self.masks_per_prompt < 1
+        ):
+            raise ValueError("masks_per_prompt takes a positive number, with mask: sampled")
         check_known("lora", self.lora, (each.name for each in fields(Lora)))
         known = {each.name for each in fields(Stage2Config) if each.init}
         check_known("training", self.training, known - {"output_dir", "reward_weights"})

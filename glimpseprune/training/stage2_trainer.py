@@ -2,9 +2,11 @@
 
 trl's GRPO with other rollouts and other log-probabilities: completions are sampled by the model's
 own `generate`, which prunes the prompt, and scored by the exact forward over the same kept tokens.
+With sampled masks the choice of tokens is part of what is learned.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -16,7 +18,9 @@ from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from ..data.visual_cot import VisualCoTRow
 from ..data.visual_cot_collator import VisualCoTCollator
+from .checkpoints import load_glimpse, save_glimpse
 from .rollout import SharedPrompts, completion_logits, sample_completions, share_prompts
+from .sampled_masks import check_threshold, draw_masks, glimpse_at, mask_log_probs, share_masks
 from .stage2_config import Lora, Stage2Config
 
 
@@ -27,9 +31,10 @@ class NonFiniteLoss(ValueError):
 class Stage2Trainer(GRPOTrainer):
     """A `GRPOTrainer` for the language model of a GlimpsePrune model.
 
-    Only LoRA factors of the language model are trained; vision encoder and glimpse are frozen.
-    Completions of one prompt share its image's encoding, its mask and its prefill, when sampled and
-    when scored, as far as they are in one batch.
+    Only LoRA factors of the language model are trained, and with sampled masks the glimpse; the
+    vision encoder is frozen. Completions of one prompt share its image's encoding, and unless masks
+    are sampled its mask and its prefill, when sampled and when scored, as far as they are in one
+    batch.
 
     Args:
         model: a GlimpsePrune model.
@@ -39,11 +44,13 @@ class Stage2Trainer(GRPOTrainer):
         questions: what to ask. With `args.shuffle_dataset` off, questions about one image that
             follow each other share its encoding.
         collator: makes prompts of them.
-        mask: `"model"`, `"evidence"` or `"all"`, see `Stage2Recipe`.
+        mask: one of `MASKS`, see `Stage2Recipe`.
         lora: the adapter.
+        masks_per_prompt: sampled masks that the completions of a prompt share; None: one each.
         kwargs: as `GRPOTrainer` takes them.
 
     Raises:
+        ValueError: for settings under which masks cannot be sampled.
         NonFiniteLoss: from `train`, when the loss is no number any more.
     """
 
@@ -58,9 +65,11 @@ class Stage2Trainer(GRPOTrainer):
         collator: VisualCoTCollator,
         mask: str = "model",
         lora: Lora | None = None,
+        masks_per_prompt: int | None = None,
         **kwargs,
     ):
         self.questions, self.collator, self.mask = questions, collator, mask
+        self.masks_per_prompt = masks_per_prompt
         collator.tokenizer.padding_side = "left"
         self._prompts_of_rows: list[tuple[SharedPrompts, int]] = []
         columns = [
@@ -76,6 +85,15 @@ class Stage2Trainer(GRPOTrainer):
             peft_config=(lora or Lora()).config(model),
             **kwargs,
         )
+        if mask == "sampled":
+            check_threshold(model.config)
+            accumulated = args.gradient_accumulation_steps
+            if args.num_iterations > 1 or args.steps_per_generation > accumulated:
+                raise ValueError(
+                    "sampled masks need one update a round: num_iterations 1, and "
+                    "steps_per_generation no more than gradient_accumulation_steps"
+                )
+            self._glimpse_model.model.glimpse.requires_grad_(True)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         """As trl, with each row's prompt beside its tensors."""
@@ -88,9 +106,25 @@ class Stage2Trainer(GRPOTrainer):
         elif self.mask == "all":
             keep = torch.ones(sum(prompts.visual_counts), dtype=torch.bool)
             prompts = prompts.with_masks(keep.to(self.accelerator.device))
-        self._prompts_of_rows = [(prompts, different.index(number)) for number in numbers]
+        rows = [different.index(number) for number in numbers]
+        if self.mask == "sampled":
+            prompts, rows = self._with_drawn_masks(prompts, rows)
+        self._prompts_of_rows = [(prompts, row) for row in rows]
         output = super()._generate_and_score_completions(inputs)
         return output | {"prompts_of_rows": self._prompts_of_rows}
+
+    @torch.no_grad()
+    def _with_drawn_masks(
+        self, prompts: SharedPrompts, rows: list[int]
+    ) -> tuple[SharedPrompts, list[int]]:
+        """Each prompt as often as it gets a mask, and which of these each row has."""
+        model = self._glimpse_model
+        training = model.training
+        record = glimpse_at(model.eval(), prompts, list(range(len(prompts.image_index))))
+        model.train(training)
+        copies, rows = share_masks(rows, self.masks_per_prompt)
+        masks = draw_masks(record, model.config, prompts.visual_counts, copies)
+        return prompts.repeated(copies).with_masks(masks), rows
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
         shared, rows = self._shared()
@@ -136,12 +170,36 @@ class Stage2Trainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict) -> torch.Tensor:
         self._prompts_of_rows = inputs["prompts_of_rows"]
         loss = super()._compute_loss(model, inputs)
+        if self.mask == "sampled":
+            loss = loss + self._mask_loss(model, inputs["advantages"])
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}"
                 f"{_what_else(inputs)}: lower the learning rate, or look at the data"
             )
         return loss
+
+    def _mask_loss(self, model: nn.Module, advantages: torch.Tensor) -> torch.Tensor:
+        """The policy gradient of the masks, on-policy: completions' advantages are theirs too."""
+        shared, rows = self._shared()
+        sources = [shared.sources[row] for row in rows]
+        different = list(dict.fromkeys(sources))
+        first = [rows[sources.index(source)] for source in different]
+        self._glimpse_model.model.glimpse.eval()  # without dropout, as when masks were drawn
+        with self.accelerator.autocast():
+            record = glimpse_at(model, shared, first)
+        log_probs = mask_log_probs(
+            record,
+            self._glimpse_model.config,
+            [shared.visual_counts[row] for row in first],
+            [different.index(source) for source in sources],
+            [shared.keep_masks[row] for row in rows],
+        )
+        mode = "train" if self.model.training else "eval"
+        mean = self.accelerator.gather(log_probs.detach().mean()).mean()
+        self._metrics[mode]["mask_log_prob"].append(mean.item())
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        return -(advantages * log_probs).mean() / steps
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -177,6 +235,30 @@ class Stage2Trainer(GRPOTrainer):
             log_probs.append(values)
             entropies.append(entropy)
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As trl's, the glimpse with a learning rate of its own if the settings give one."""
+        optimizer, rate = super().create_optimizer(*args, **kwargs), self.args.glimpse_learning_rate
+        if rate is not None:
+            own = {id(weight) for weight in self._glimpse_model.model.glimpse.parameters()}
+            for group in list(optimizer.param_groups):
+                moved = [weight for weight in group["params"] if id(weight) in own]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.mask == "sampled" and self.args.should_save:
+            save_glimpse(self._glimpse_model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.mask == "sampled":
+            load_glimpse(self._glimpse_model, Path(resume_from_checkpoint))
 
     @property
     def _glimpse_model(self) -> PreTrainedModel:

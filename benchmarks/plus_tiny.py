@@ -23,9 +23,11 @@ import transformers
 import trl
 
 from glimpseprune.baselines.method import Method, OwnPruning
+from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.evaluation import evaluate
 from glimpseprune.loading import REPOSITORY, TINY_MODEL
 from glimpseprune.portable import write_json
+from glimpseprune.sample import Sample
 from glimpseprune.tiny_world.dataset import write_pages
 from glimpseprune.tiny_world.pages import PageSettings
 from glimpseprune.tiny_world.recipe import load_recipe
@@ -55,7 +57,10 @@ MASKS = {
     "sampled": "RL with sampled masks",
 }
 # Without scaling within a group, whose answers may all be right, retention keeps its small weight.
-SAMPLED = {"rewards.retention": 0.1, "training.scale_rewards": "batch"}
+SAMPLED = {
+    "rewards.retention": 0.2, "masks_per_prompt": 2, "training.scale_rewards": "batch",
+    "training.glimpse_learning_rate": 1e-4,
+}  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -194,18 +199,17 @@ def measure(arguments: argparse.Namespace, arm: Arm) -> dict:
     if not kept.exists():
         model, processor, _ = load_for_training(str(arm.train()))
         processor.tokenizer.padding_side = "left"
-        samples = read_samples(arguments)
+        samples = test_samples(arguments)
         answers = evaluate(model.eval(), processor, samples, [arm.method], 32, 6).answers[0]
         retention = statistics.mean(answer.kept for answer in answers)
         write_json(kept, {"scores": [each.score for each in answers], "retention": retention})
     return json.loads(kept.read_text())
 
 
-def read_samples(arguments: argparse.Namespace) -> list:
-    """The test questions."""
-    from glimpseprune.commands.evaluate import read_samples
-
-    return read_samples(pages(arguments, "test", 0, arguments.questions), None, arguments.questions)
+def test_samples(arguments: argparse.Namespace) -> list[Sample]:
+    """The test questions with their images."""
+    lines = pages(arguments, "test", 0, arguments.questions)
+    return read_samples(lines, None, arguments.questions, seed=0)
 
 
 def pages(arguments: argparse.Namespace, split: str, seed: int, questions: int) -> Path:

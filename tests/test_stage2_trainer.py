@@ -4,8 +4,10 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -373,7 +375,7 @@ def test_a_loss_that_is_no_number_stops(make_recipe, monkeypatch):
         ({"lora.rnk": 1}, "unknown field lora.rnk"),
         ({"lora.rank": 0}, "rank must be positive"),
         ({"lora": 3}, "lora must be a mapping"),
-        ({"mask": "mine"}, "mask must be one of model, evidence, all"),
+        ({"mask": "mine"}, "mask must be one of model, sampled, evidence, all"),
         ({"rewards": {}}, "there must be one at least"),
         ({"rewards": {"blue": 1}}, "unknown reward blue"),
         ({"rewards": {"anls": "1"}}, "weight of anls must be a number"),
@@ -397,32 +399,49 @@ def test_bad_recipes_end_in_a_sentence(make_recipe, capsys, overrides, message, 
     assert message in said and "Traceback" not in said
 
 
+@contextmanager
+def something_to_learn(mask):
+    """Settings under which each completion has a reward of its own, the same whenever asked."""
+    with judge_server(lambda message: str(crc32(message.encode()) % 101 / 100)) as server:
+        yield {
+            "mask": mask, "rewards": {"judge": 1.0, "retention": 1.0},
+            "judge.url": server.url, "judge.model": "stub", "training.save_steps": 2,
+        }  # fmt: skip
+
+
+def learned(recipe) -> dict[str, torch.Tensor]:
+    """What a run trained, which was something."""
+    files = sorted(Path(recipe.output).glob("*.safetensors"))
+    assert len(files) == (2 if recipe.mask == "sampled" else 1)
+    weights = {name: weight for file in files for name, weight in load_file(file).items()}
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+    return weights
+
+
 @pytest.mark.slow
-def test_resumed_training_equals_uninterrupted_training(make_recipe):
-    """A run that stops between checkpoints ends with the same weights."""
-    settings = {"training.max_steps": 4, "training.save_steps": 2}
-    whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
-    train_stage2(whole)
+@pytest.mark.parametrize("mask", ["model", "sampled"])
+def test_resumed_training_equals_uninterrupted_training(make_recipe, monkeypatch, mask):
+    """A run that stops between checkpoints, in its second epoch, ends with the same weights."""
     original = Stage2Trainer._compute_loss
-    try:
-        Stage2Trainer._compute_loss = lambda self, *args: (
-            stop() if self.state.global_step == 3 else original(self, *args)
-        )
+
+    def stopping(self, *args):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with something_to_learn(mask) as settings:
+        settings["training.max_steps"] = 6
+        whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+        train_stage2(whole)
+        monkeypatch.setattr(Stage2Trainer, "_compute_loss", stopping)
         with pytest.raises(KeyboardInterrupt):
             train_stage2(parts)
-    finally:
-        Stage2Trainer._compute_loss = original
-    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
-        train_stage2(parts)
-    train_stage2(parts, resume=True)
-    expected, found = (
-        load_file(Path(recipe.output) / "adapter_model.safetensors") for recipe in (whole, parts)
-    )
+        monkeypatch.setattr(Stage2Trainer, "_compute_loss", original)
+        with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+            train_stage2(parts)
+        train_stage2(parts, resume=True)
+    expected, found = learned(whole), learned(parts)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def stop():
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("into", ["repository", pytest.param("stock", marks=pytest.mark.slow)])
@@ -503,36 +522,38 @@ def test_recipes_can_be_read(name, layers, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path):
-    settings = {"training.max_steps": 6, "training.save_steps": 2}
-    whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
-    train_stage2(whole)
+@pytest.mark.parametrize("mask", ["model", "sampled"])
+def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path, mask):
     path = tmp_path / "parts.yaml"
-    path.write_text(yaml.safe_dump(parts.to_dict()))
     command = [sys.executable, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
-    checkpoint = parts.checkpoint_folder / "checkpoint-4" / "trainer_state.json"
-    while not checkpoint.exists() and process.poll() is None:
-        pass
-    process.kill()
-    assert process.wait() == -9 and not Path(parts.output).exists()
-    subprocess.run([*command, "--resume"], cwd=REPOSITORY, check=True, capture_output=True)
-    expected, found = (
-        load_file(Path(recipe.output) / "adapter_model.safetensors") for recipe in (whole, parts)
-    )
+    with something_to_learn(mask) as settings:
+        settings["training.max_steps"] = 6
+        whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+        train_stage2(whole)
+        path.write_text(yaml.safe_dump(parts.to_dict()))
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+        checkpoint = parts.checkpoint_folder / "checkpoint-4" / "trainer_state.json"
+        while not checkpoint.exists() and process.poll() is None:
+            pass
+        process.kill()
+        assert process.wait() == -9 and not Path(parts.output).exists()
+        subprocess.run([*command, "--resume"], cwd=REPOSITORY, check=True, capture_output=True)
+    expected, found = learned(whole), learned(parts)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(make_recipe, tmp_path):
+@pytest.mark.parametrize("mask", ["model", "sampled"])
+def test_two_processes_train_together(make_recipe, tmp_path, mask):
     """Over gloo; policy and reference start equal in both."""
-    recipe = make_recipe(**{"training.beta": 0.1, "training.max_steps": 2})
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.to_dict()))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
+    with something_to_learn(mask) as settings:
+        recipe = make_recipe(**settings, **{"training.beta": 0.1, "training.max_steps": 2})
+        path.write_text(yaml.safe_dump(recipe.to_dict()))
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
     summary = json.loads((Path(recipe.output) / "training_summary.json").read_text())
     assert summary["processes"] == 2 and summary["steps"] == 2
     assert history(recipe)[0]["kl"] == pytest.approx(0, abs=1e-6)
-    assert load_file(Path(recipe.output) / "adapter_model.safetensors")
+    assert learned(recipe)

@@ -5,7 +5,7 @@ own `generate`, which prunes the prompt, and scored by the exact forward over th
 With sampled masks the choice of tokens is part of what is learned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import selective_log_softmax_and_entropy
+from trl.trainer.utils import RepeatSampler, selective_log_softmax_and_entropy
 
 from ..data.visual_cot import VisualCoTRow
 from ..data.visual_cot_collator import VisualCoTCollator
@@ -26,6 +26,27 @@ from .stage2_config import Lora, Stage2Config
 
 class NonFiniteLoss(ValueError):
     """Training cannot go on; the message says where it stopped."""
+
+
+class EpochSampler(RepeatSampler):
+    """trl's sampler with an order that depends on seed and epoch alone.
+
+    trl's own draws each epoch's order from where the last one left its generator, so a run resumed
+    in a later epoch would start over with the first order.
+
+    Args:
+        epoch: tells the number of the epoch that begins.
+        kwargs: as `RepeatSampler` takes them.
+    """
+
+    def __init__(self, epoch: Callable[[], int], **kwargs):
+        super().__init__(**kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 class Stage2Trainer(GRPOTrainer):
@@ -94,6 +115,17 @@ class Stage2Trainer(GRPOTrainer):
                     "steps_per_generation no more than gradient_accumulation_steps"
                 )
             self._glimpse_model.model.glimpse.requires_grad_(True)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler(
+            lambda: int(self.state.epoch or 0),
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         """As trl, with each row's prompt beside its tensors."""

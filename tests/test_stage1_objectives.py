@@ -15,9 +15,9 @@ from glimpseprune.data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
 from glimpseprune.training import stage1_trainer
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.checkpoints import last_checkpoint
-from glimpseprune.training.run_plot import plot_run
+from glimpseprune.training.run_plot import PLOT, plot_run
 from glimpseprune.training.soft_mask import annealed, log_keep_probability, logistic_noise
-from glimpseprune.training.stage1 import PLOT, train_stage1
+from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Config
 from glimpseprune.training.stage1_losses import distillation_loss, retention_loss
 from glimpseprune.training.stage1_trainer import LossNotFinite, Stage1Trainer, with_completions

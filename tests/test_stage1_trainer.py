@@ -178,6 +178,19 @@ def test_bad_recipes_name_the_field(make_recipe, overrides, message):
         train_stage1(make_recipe(**overrides))
 
 
+def test_sharded_weights_are_refused(make_recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # transformers changes it
+    with pytest.raises(ValueError, match="FSDP shards weights by decoder layer"):
+        make_recipe(**{"training.fsdp": "full_shard"}).training_config()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP shards weights by decoder layer"):
+        make_recipe().training_config()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setattr("glimpseprune.training.recipe.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 shards weights by decoder layer"):
+        make_recipe().training_config()
+
+
 def test_override_needs_a_value():
     with pytest.raises(ValueError, match="--set takes field=value, got 'seed'"):
         parse_override("seed")

@@ -35,6 +35,7 @@ from glimpseprune.training.rollout import (
     sample_completions,
     share_prompts,
 )
+from glimpseprune.training.run_plot import PLOT
 from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage2 import train_stage2
@@ -239,6 +240,7 @@ def test_only_the_language_model_is_adapted(make_recipe, glimpsing):
     assert summary["steps"] == 3 and summary["stage"] == 2
     assert {"reward", "kl", "retention"} <= set(summary["metrics"])
     assert len(history(recipe)) == 3
+    assert (recipe.checkpoint_folder / PLOT).read_bytes().startswith(b"\x89PNG")
 
 
 def test_named_layers_are_those_of_the_language_model_only(loaded):
@@ -254,20 +256,20 @@ def test_named_layers_are_those_of_the_language_model_only(loaded):
 
 
 def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
-    """A reward for a token that has hardly a chance at first makes it frequent."""
+    """A reward for every other character makes them frequent."""
 
-    def likes_seven(completions, **known):
-        return [float(text.startswith("7")) for text in completions]
+    def likes_even(completions, **known):
+        return [float(ord(text[0]) % 2 == 0) if text else 0.0 for text in completions]
 
-    monkeypatch.setitem(rewards.REWARDS, "anls", likes_seven)
+    monkeypatch.setitem(rewards.REWARDS, "anls", likes_even)
     recipe = make_recipe(
-        **{"rewards": {"anls": 1.0}, "training.max_steps": 14, "training.learning_rate": 0.03,
+        **{"rewards": {"anls": 1.0}, "training.max_steps": 30, "training.learning_rate": 0.03,
            "training.per_device_train_batch_size": 24, "training.beta": 0.0,
            "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"}
     )  # fmt: skip
     train_stage2(recipe)
     gained = [entry["reward"] for entry in history(recipe)]
-    assert sum(gained[:4]) / 4 < 0.04 and sum(gained[-6:]) / 6 > 0.08
+    assert sum(gained[:4]) / 4 < 0.3 and sum(gained[-4:]) / 4 > 0.6
 
 
 def test_log_probabilities_of_policy_and_reference_start_equal(make_recipe):

@@ -1,5 +1,6 @@
 """Recipe files: YAML mappings that fill a dataclass."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
+from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for a string
 
@@ -97,6 +100,20 @@ def check_known(section: str, content: Mapping[str, object], known: Iterable[str
     unknown = sorted(set(content) - set(known))
     if unknown:
         raise ValueError(f"recipe: unknown field {section}.{unknown[0]}")
+
+
+def refuse_sharded_weights(arguments: TrainingArguments) -> None:
+    """Raise a ValueError for FSDP and DeepSpeed's ZeRO-3.
+
+    They gather a layer's weights when the layer is called, but a prompt is pruned inside of one,
+    between its attention and its MLP, which are called by themselves.
+    """
+    fsdp = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{'FSDP' if fsdp else 'ZeRO-3'} shards weights by decoder layer, and tokens are "
+            "dropped inside of a layer: use DDP (accelerate launch --multi_gpu) or ZeRO-1 or 2"
+        )
 
 
 def _read_yaml(path: Path) -> dict:

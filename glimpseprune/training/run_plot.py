@@ -1,27 +1,29 @@
 """A picture of a training run from what its trainer logged."""
 
 import logging
+import re
 from pathlib import Path
 
-SHARES = ("retention", "precision", "recall", "iou", "accuracy")
+PLOT = "training.png"
+LOSSES = re.compile(r".*loss|kl|entropy")
+SHARES = re.compile(r"retention|precision|recall|iou|accuracy|rewards/.+/mean")
 EVALUATION = "eval_"
 
 logger = logging.getLogger(__name__)
 
 
 def plot_run(log_history: list[dict[str, float]], path: Path) -> bool:
-    """Draw the loss and its parts, and the figures that are shares, over the steps.
+    """Draw losses and divergences, and the figures that are shares, over the steps.
 
     Args:
-        log_history: a trainer's; of its entries `step`, what ends in `loss`, and shares are drawn,
-            those of evaluations as dots.
+        log_history: a trainer's; of its entries `step`, those that `LOSSES` and `SHARES` name, of
+            evaluations as dots.
         path: of the PNG file to write.
 
     Returns:
         Whether there was something to draw, and matplotlib (of the extra `train`) to draw it.
     """
-    losses = _curves(log_history, lambda name: name.endswith("loss"))
-    shares = _curves(log_history, lambda name: name in SHARES)
+    losses, shares = (_curves(log_history, names) for names in (LOSSES, SHARES))
     if not losses and not shares:
         return False
     try:
@@ -44,11 +46,13 @@ def plot_run(log_history: list[dict[str, float]], path: Path) -> bool:
     return True
 
 
-def _curves(log_history: list[dict[str, float]], is_drawn) -> dict[str, list[tuple[int, float]]]:
+def _curves(
+    log_history: list[dict[str, float]], drawn: re.Pattern
+) -> dict[str, list[tuple[int, float]]]:
     """`(step, value)` points by name."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in log_history:
         for name, value in entry.items():
-            if is_drawn(name.removeprefix(EVALUATION)) and name != "train_loss":
+            if drawn.fullmatch(name.removeprefix(EVALUATION)) and name != "train_loss":
                 curves.setdefault(name, []).append((entry["step"], value))
     return curves

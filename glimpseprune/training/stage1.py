@@ -14,11 +14,9 @@ from ..data.visual_cot_collator import VisualCoTCollator
 from .base import load_for_training, start_glimpse_as
 from .checkpoints import checkpoint_to_resume
 from .repository import write_repository
-from .run_plot import plot_run
+from .run_plot import PLOT, plot_run
 from .stage1_config import Stage1Config, Stage1Recipe
 from .stage1_trainer import Stage1Trainer
-
-PLOT = "training.png"
 
 logger = logging.getLogger(__name__)
 

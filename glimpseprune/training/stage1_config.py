@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from .recipe import TrainingRecipe, check_known
+from .recipe import TrainingRecipe, check_known, refuse_sharded_weights
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 WEIGHTS = (
@@ -86,6 +86,7 @@ class Stage1Config(TrainingArguments):
         else:
             self.warmup_ratio = self.warmup
         super().__post_init__()
+        refuse_sharded_weights(self)
 
     @property
     def needs_boxes(self) -> bool:

@@ -19,6 +19,7 @@ from .base import load_for_training
 from .checkpoints import checkpoint_to_resume, last_checkpoint, save_glimpse
 from .repository import SUMMARY_FILE
 from .rewards import build_rewards
+from .run_plot import PLOT, plot_run
 from .stage2_config import Lora, Stage2Recipe
 from .stage2_trainer import Stage2Trainer
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 def train_stage2(recipe: Stage2Recipe, resume: bool = False) -> dict | None:
     """Train by a recipe and write the result as a LoRA adapter.
 
-    Checkpoints lie in `recipe.checkpoint_folder` and stay there.
+    Checkpoints lie in `recipe.checkpoint_folder` and stay there, and so does a plot of the run.
 
     Args:
         recipe: what to train, on what and how.
@@ -71,15 +72,18 @@ def train_stage2(recipe: Stage2Recipe, resume: bool = False) -> dict | None:
     except JudgeError as error:
         raise JudgeError(f"{error}; {_save_before_stopping(trainer)}") from None
     seconds = time.monotonic() - started
-    if not trainer.is_world_process_zero():
-        return None
-    summary = _summary(recipe, trainer, seconds)
-    with vacant_sibling(recipe.output) as folder:
-        adapted = trainer.accelerator.unwrap_model(trainer.model)
-        adapted.save_pretrained(folder)
-        if recipe.mask == "sampled":
-            save_glimpse(adapted.get_base_model(), folder)
-        write_json(folder / SUMMARY_FILE, summary)
+    summary = None
+    if trainer.is_world_process_zero():
+        summary = _summary(recipe, trainer, seconds)
+        with vacant_sibling(recipe.output) as folder:
+            adapted = trainer.accelerator.unwrap_model(trainer.model)
+            adapted.save_pretrained(folder)
+            if recipe.mask == "sampled":
+                save_glimpse(adapted.get_base_model(), folder)
+            write_json(folder / SUMMARY_FILE, summary)
+        plot_run(trainer.state.log_history, recipe.checkpoint_folder / PLOT)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return summary
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from .recipe import TrainingRecipe, check_known
+from .recipe import TrainingRecipe, check_known, refuse_sharded_weights
 from .stage1_config import computes_in_bfloat16
 
 MASKS = ("model", "sampled", "evidence", "all")
@@ -52,6 +52,7 @@ class Stage2Config(GRPOConfig):
                 "use_vllm: rollouts run through the model's own generate, which prunes"
             )
         super().__post_init__()
+        refuse_sharded_weights(self)
 
 
 @dataclass

@@ -263,13 +263,13 @@ def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
 
     monkeypatch.setitem(rewards.REWARDS, "anls", likes_even)
     recipe = make_recipe(
-        **{"rewards": {"anls": 1.0}, "training.max_steps": 30, "training.learning_rate": 0.03,
+        **{"rewards": {"anls": 1.0}, "training.max_steps": 16, "training.learning_rate": 0.03,
            "training.per_device_train_batch_size": 24, "training.beta": 0.0,
            "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"}
     )  # fmt: skip
     train_stage2(recipe)
     gained = [entry["reward"] for entry in history(recipe)]
-    assert sum(gained[:4]) / 4 < 0.3 and sum(gained[-4:]) / 4 > 0.6
+    assert sum(gained[:4]) / 4 < 0.25 and sum(gained[-8:]) / 8 > 0.36
 
 
 def test_log_probabilities_of_policy_and_reference_start_equal(make_recipe):

@@ -38,12 +38,6 @@ OBJECTIVES = {
     "distillation": {"grounding_weight": 0.0, "distillation_weight": 1.0},
     "both": {"distillation_weight": 1.0, "answer_weight": 0.0},
 }
-# A short run that ends while it still learns: the rate falls to a quarter of its peak.
-SCHEDULE = {
-    "warmup": 0.15,
-    "lr_scheduler_kwargs": {"num_cycles": 17 / 54},
-    "final_mask_temperature": 0.1357,
-}
 THRESHOLDS = (0.5, 0.2, 0.05, 0.02, 0.005, 0.002, 0.0005)
 TOLERANCE = 0.01
 QUESTIONS_A_PAGE = 8
@@ -145,16 +139,12 @@ def train(name: str, base: Path, arguments: argparse.Namespace) -> dict:
 
 
 def recipe_of(name: str, base: Path, arguments: argparse.Namespace) -> Stage1Recipe:
-    training = (
-        OBJECTIVES[name]
-        | SCHEDULE
-        | {
-            "max_steps": arguments.steps,
-            "per_device_train_batch_size": arguments.images,
-            "seed": arguments.seed,
-            "logging_steps": 10,
-        }
-    )
+    training = OBJECTIVES[name] | {
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": arguments.images,
+        "seed": arguments.seed,
+        "logging_steps": 10,
+    }
     fields = {f"training.{field}": value for field, value in training.items()}
     fields |= {
         "base": str(base),
@@ -240,7 +230,6 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
         "recipe": str(RECIPE.relative_to(REPOSITORY)),
         "base": str(TINY_MODEL.relative_to(REPOSITORY)),
         "objectives": OBJECTIVES,
-        "schedule": SCHEDULE,
         "thresholds": THRESHOLDS,
         "tolerance": TOLERANCE,
         "torch": torch.__version__,

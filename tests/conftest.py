@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from llava_prompts import config_fields, llava_image, llava_next_image, next_config_fields
+from stage1_data import write_base, write_data
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from glimpseprune.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
+from glimpseprune.training.base import load_for_training
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PAD_TOKEN, VOCABULARY = 0, 200
@@ -300,3 +302,50 @@ def _thaw(fields: tuple) -> dict:
 @pytest.fixture(name="build_batch")
 def build_batch_fixture(family):
     return partial(build_batch, family=family)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_its_own(monkeypatch):
+    """transformers leaves some settings of one training run in the environment of the next."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "")  # so that the end of the test forgets what a run sets
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny random stock model to train on."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six questions to train on."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def glimpsing(base, data, tmp_path_factory):
+    """A repository that stage 2 starts from."""
+    from stage2_data import write_glimpsing
+
+    return write_glimpsing(base, data, tmp_path_factory.mktemp("repository") / "stage1")
+
+
+@pytest.fixture(scope="module")
+def loaded(glimpsing):
+    """Its model and processor."""
+    model, processor, _ = load_for_training(str(glimpsing))
+    processor.tokenizer.padding_side = "left"
+    return model.eval(), processor
+
+
+@pytest.fixture
+def make_stage2_recipe(glimpsing, data, tmp_path):
+    """Makes recipes of short runs of stage 2."""
+    from stage2_data import stage2_recipe_of
+
+    def make(output="adapter", **overrides):
+        return stage2_recipe_of(glimpsing, data, tmp_path / output, **overrides)
+
+    return make

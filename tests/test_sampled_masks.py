@@ -6,23 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-
-if int(transformers.__version__.split(".")[0]) < 5:
-    pytest.skip("stage 2 trains on transformers 5", allow_module_level=True)
-pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
-
 from safetensors.torch import load_file, save_file
-from test_stage1_trainer import base, data  # noqa: F401 (fixtures)
-from test_stage2_trainer import (  # noqa: F401 (fixtures)
-    PROMPTS,
-    compare_with_generation,
-    glimpsing,
-    history,
-    loaded,
-    make_recipe,
-    share,
-)
+from stage2_data import PROMPTS, compare_with_generation, history, share
 from torch.distributions import Bernoulli
 
 from glimpseprune.cli import main
@@ -104,7 +89,7 @@ def test_completions_of_a_prompt_share_masks_evenly(masks, prompts, dealt):
     assert [of_masks[mask] for mask in found] == prompts
 
 
-def test_completions_are_scored_over_their_own_masks(loaded, data):  # noqa: F811
+def test_completions_are_scored_over_their_own_masks(loaded, data):
     """Two masks of each of the prompts, all different, within 1e-4 of generation."""
     model, _ = loaded
     prompts = share(loaded, data, PROMPTS)
@@ -118,7 +103,7 @@ def test_completions_are_scored_over_their_own_masks(loaded, data):  # noqa: F81
     compare_with_generation(model, repeated, [0, 1, 2, 3, 4, 5])
 
 
-def test_a_glimpse_in_training_is_the_one_of_generation(loaded, data):  # noqa: F811
+def test_a_glimpse_in_training_is_the_one_of_generation(loaded, data):
     model, _ = loaded
     prompts = share(loaded, data, PROMPTS)
     record = glimpse_at(model, prompts, [0, 2])
@@ -127,9 +112,9 @@ def test_a_glimpse_in_training_is_the_one_of_generation(loaded, data):  # noqa: 
         assert torch.allclose(record.visuals[place].importance, alone.importance, atol=1e-5)
 
 
-def test_the_glimpse_learns_to_keep_what_is_rewarded(make_recipe, glimpsing, tmp_path):  # noqa: F811
+def test_the_glimpse_learns_to_keep_what_is_rewarded(make_stage2_recipe, glimpsing, tmp_path):
     """With a reward for dropping alone, fewer tokens are kept; merging brings the glimpse along."""
-    recipe = make_recipe(
+    recipe = make_stage2_recipe(
         mask="sampled", rewards={"retention": 1.0}, masks_per_prompt=2,
         **{"training.max_steps": 12, "training.learning_rate": 0.02, "training.beta": 0.0,
            "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"},
@@ -149,9 +134,9 @@ def test_the_glimpse_learns_to_keep_what_is_rewarded(make_recipe, glimpsing, tmp
     assert any(not torch.equal(after[name], before[name]) for name in learned)
 
 
-def test_the_glimpse_has_a_learning_rate_of_its_own(make_recipe, glimpsing):  # noqa: F811
+def test_the_glimpse_has_a_learning_rate_of_its_own(make_stage2_recipe, glimpsing):
     settings = {"training.max_steps": 2, "training.glimpse_learning_rate": 0.0}
-    recipe = make_recipe(mask="sampled", rewards={"retention": 1.0}, **settings)
+    recipe = make_stage2_recipe(mask="sampled", rewards={"retention": 1.0}, **settings)
     train_stage2(recipe)
     learned = load_file(Path(recipe.output) / GLIMPSE)
     before = load_for_training(str(glimpsing))[0].model.glimpse.state_dict()
@@ -160,14 +145,14 @@ def test_the_glimpse_has_a_learning_rate_of_its_own(make_recipe, glimpsing):  # 
     assert any(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
 
 
-def test_other_masks_leave_the_glimpse_alone(make_recipe):  # noqa: F811
-    recipe = make_recipe(**{"training.max_steps": 1})
+def test_other_masks_leave_the_glimpse_alone(make_stage2_recipe):
+    recipe = make_stage2_recipe(**{"training.max_steps": 1})
     train_stage2(recipe)
     assert not (Path(recipe.output) / GLIMPSE).exists()
 
 
-def test_a_glimpse_that_does_not_fit_is_not_merged(make_recipe, tmp_path, capsys):  # noqa: F811
-    recipe = make_recipe(mask="sampled", **{"training.max_steps": 1})
+def test_a_glimpse_that_does_not_fit_is_not_merged(make_stage2_recipe, tmp_path, capsys):
+    recipe = make_stage2_recipe(mask="sampled", **{"training.max_steps": 1})
     train_stage2(recipe)
     path = Path(recipe.output) / GLIMPSE
     weights = load_file(path)
@@ -187,17 +172,17 @@ def test_a_glimpse_that_does_not_fit_is_not_merged(make_recipe, tmp_path, capsys
         ({"mask": "model", "masks_per_prompt": 2}, "masks_per_prompt takes a positive number"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(make_recipe, settings, message):  # noqa: F811
+def test_settings_that_cannot_be_are_refused(make_stage2_recipe, settings, message):
     with pytest.raises(ValueError, match=message):
-        train_stage2(make_recipe(**{"mask": "sampled"} | settings))
+        train_stage2(make_stage2_recipe(**{"mask": "sampled"} | settings))
 
 
-def test_a_threshold_at_the_end_of_its_range_is_refused(make_recipe, glimpsing):  # noqa: F811
+def test_a_threshold_at_the_end_of_its_range_is_refused(make_stage2_recipe, glimpsing):
     path = glimpsing / "config.json"
     content = path.read_text()
     try:
         path.write_text(json.dumps(json.loads(content) | {"prune_threshold": 0.0}))
         with pytest.raises(ValueError, match="must lie between 0 and 1"):
-            train_stage2(make_recipe(mask="sampled"))
+            train_stage2(make_stage2_recipe(mask="sampled"))
     finally:
         path.write_text(content)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from double_precision import as_double, in_double_precision
 from safetensors.torch import load_file
-from stage1_data import GLIMPSE, collate, recipe_of, write_base, write_data
+from stage1_data import GLIMPSE, collate, recipe_of
 
 from glimpseprune.data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
 from glimpseprune.training import stage1_trainer
@@ -24,22 +24,6 @@ from glimpseprune.training.stage1_trainer import LossNotFinite, Stage1Trainer, w
 
 DISTILLATION = {"training.grounding_weight": 0.0, "training.distillation_weight": 1.0}
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
-
-
-@pytest.fixture(autouse=True)
-def no_mixed_precision(monkeypatch):
-    """transformers 4 leaves the precision of one run's settings to the next."""
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

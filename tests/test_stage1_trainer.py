@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stage1_data import GLIMPSE, collate, command_line, recipe_of, write_base, write_data
+from stage1_data import GLIMPSE, collate, command_line, recipe_of
 from transformers import (
     DynamicCache,
     Qwen2_5_VLForConditionalGeneration,
@@ -47,22 +47,6 @@ assert "glimpseprune" not in sys.modules and "modeling_glimpseprune" not in sys.
 record = model.glimpse(**torch.load(inputs))
 torch.save((record.importance, record.keep_mask), inputs)
 """
-
-
-@pytest.fixture(autouse=True)
-def no_mixed_precision(monkeypatch):
-    """transformers 4 leaves the precision of one run's settings to the next."""
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -179,7 +163,6 @@ def test_bad_recipes_name_the_field(make_recipe, overrides, message):
 
 
 def test_sharded_weights_are_refused(make_recipe, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # transformers changes it
     with pytest.raises(ValueError, match="FSDP shards weights by decoder layer"):
         make_recipe(**{"training.fsdp": "full_shard"}).training_config()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

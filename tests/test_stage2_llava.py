@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from stage2_data import compare_with_generation, share
 from test_llava import base, data, family  # noqa: F401 (fixtures)
-from test_stage2_trainer import compare_with_generation, share
 from transformers import set_seed
 
 from glimpseprune.training.base import load_for_training

@@ -2,112 +2,43 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
-from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
-from zlib import crc32
 
 import pytest
 import torch
-import transformers
-
-if int(transformers.__version__.split(".")[0]) < 5:
-    pytest.skip("stage 2 trains on transformers 5", allow_module_level=True)
-pytest.importorskip("trl", minversion="1.16", reason="stage 2 trains with trl >= 1.16")
-
 import yaml
+from judge_server import judge_server
 from safetensors.torch import load_file
-from test_stage1_trainer import REPOSITORY, base, data  # noqa: F401 (fixtures)
-from transformers import GenerationConfig, set_seed
+from stage2_data import (
+    PROMPTS,
+    ROWS,
+    compare_with_generation,
+    config_of,
+    history,
+    learned,
+    share,
+    something_to_learn,
+)
+from transformers import set_seed
 
 from glimpseprune.cli import main
-from glimpseprune.data.visual_cot import read_visual_cot
-from glimpseprune.data.visual_cot_collator import VisualCoTCollator
+from glimpseprune.loading import REPOSITORY
 from glimpseprune.training import rewards
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.recipe import read_recipe
-from glimpseprune.training.rollout import (
-    TEXT_INPUTS,
-    SharedPrompts,
-    completion_logits,
-    sample_completions,
-    share_prompts,
-)
+from glimpseprune.training.rollout import completion_logits, sample_completions
 from glimpseprune.training.run_plot import PLOT
-from glimpseprune.training.stage1 import train_stage1
-from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage2 import train_stage2
 from glimpseprune.training.stage2_config import Lora, Stage2Recipe
 from glimpseprune.training.stage2_trainer import NonFiniteLoss, Stage2Trainer
-from tests.judge_server import judge_server
-
-PROMPTS = [0, 3, 4]  # of different lengths, about three images of different sizes
-ROWS = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
-@pytest.fixture(scope="module")
-def glimpsing(base, data, tmp_path_factory):  # noqa: F811
-    """A repository whose glimpse counts as trained: random scores, some tokens kept."""
-    output = tmp_path_factory.mktemp("repository") / "stage1"
-    fields = {
-        "base": str(base), "data": str(data), "output": str(output),
-        "glimpse.glimpse_layer": 1, "glimpse.predictor_hidden_size": 16,
-        "glimpse.predictor_condition_size": 16, "glimpse.predictor_num_heads": 2,
-        "glimpse.min_keep_tokens": 2, "glimpse.glimpse_dropout": 0.1,
-        "training.bf16": False, "training.use_cpu": True, "training.max_steps": 1,
-        "training.disable_tqdm": True, "training.learning_rate": 0.0,
-    }  # fmt: skip
-    train_stage1(read_recipe(Stage1Recipe, None, fields))
-    return output
-
-
-@pytest.fixture(scope="module")
-def loaded(glimpsing):
-    model, processor, _ = load_for_training(str(glimpsing))
-    processor.tokenizer.padding_side = "left"
-    return model.eval(), processor
-
-
-@pytest.fixture
-def make_recipe(glimpsing, data, tmp_path):  # noqa: F811
-    def make(output="adapter", **overrides):
-        fields = {"base": str(glimpsing), "data": str(data), "output": str(tmp_path / output)}
-        training = {
-            "bf16": False, "use_cpu": True, "learning_rate": 0.01, "num_generations": 4,
-            "per_device_train_batch_size": 8, "max_completion_length": 3, "max_steps": 3,
-            "logging_steps": 1, "save_steps": 100, "disable_tqdm": True, "seed": 3,
-        }  # fmt: skip
-        training = {f"training.{name}": value for name, value in training.items()}
-        lora = {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.0}
-        return read_recipe(Stage2Recipe, None, fields | training | lora | overrides)
-
-    return make
-
-
-def share(loaded, data, rows) -> SharedPrompts:  # noqa: F811
-    model, processor = loaded
-    questions = read_visual_cot(data)
-    return share_prompts(model, VisualCoTCollator(processor)([[questions[row] for row in rows]]))
-
-
-def config_of(model, **settings) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=True,
-        pad_token_id=model.config.get_text_config().pad_token_id,
-        top_k=0,
-        **settings,
-    )
-
-
-def history(recipe) -> list[dict]:
-    state = sorted(recipe.checkpoint_folder.glob("checkpoint-*/trainer_state.json"))[-1]
-    return [each for each in json.loads(state.read_text())["log_history"] if "reward" in each]
 
 
 @pytest.mark.parametrize("mask", ["model", "evidence", "all"])
-def test_training_scores_completions_as_generation_does(loaded, data, mask):  # noqa: F811
+def test_training_scores_completions_as_generation_does(loaded, data, mask):
     """Ragged prompts, several completions of each, with the masks of the rollout."""
     model, processor = loaded
     prompts = share(loaded, data, PROMPTS)
@@ -121,43 +52,7 @@ def test_training_scores_completions_as_generation_does(loaded, data, mask):  # 
     assert kept == used.visual_counts if mask == "all" else 0 < sum(kept) < total
 
 
-def compare_with_generation(model, prompts, rows) -> SharedPrompts:
-    """Sampled completions scored together and padded, and each alone while it is generated."""
-    config = config_of(model, max_new_tokens=5, eos_token_id=None)
-    completions, used = sample_completions(model, prompts, rows, config)
-    assert completions.shape == (len(rows), 5) and len(set(map(tuple, completions.tolist()))) > 1
-    with torch.no_grad():
-        logits = completion_logits(model, used, rows, completions, torch.ones_like(completions))
-    found = logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
-    for row, prompt in enumerate(rows):
-        inputs = used.model_inputs([prompt])
-        real = inputs["attention_mask"][0].bool()
-        for name in TEXT_INPUTS:
-            if name in inputs:
-                inputs[name] = inputs[name][:, real]
-        expected = forced_scores(model, inputs, completions[row])
-        assert (found[row] - expected).abs().max() < 1e-4
-    return used
-
-
-def forced_scores(model, inputs, completion) -> torch.Tensor:
-    """Log-probabilities that `generate` records when it is made to say the completion."""
-    start = inputs["input_ids"].shape[1]
-    output = model.generate(
-        **inputs,
-        max_new_tokens=len(completion),
-        do_sample=False,
-        eos_token_id=None,
-        prefix_allowed_tokens_fn=lambda row, ids: [int(completion[len(ids) - start])],
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    assert torch.equal(output.sequences[0, start:], completion)
-    log_probs = torch.stack(output.logits, dim=1)[0].log_softmax(-1)
-    return log_probs.gather(-1, completion[:, None])[:, 0]
-
-
-def test_rollouts_prune_as_the_model_does_by_itself(loaded, data):  # noqa: F811
+def test_rollouts_prune_as_the_model_does_by_itself(loaded, data):
     """The masks are those of `generate`, and the first token's distribution is its own."""
     model, processor = loaded
     prompts = share(loaded, data, PROMPTS)
@@ -172,7 +67,7 @@ def test_rollouts_prune_as_the_model_does_by_itself(loaded, data):  # noqa: F811
     ]
 
 
-def test_samples_follow_the_models_distribution(loaded, data):  # noqa: F811
+def test_samples_follow_the_models_distribution(loaded, data):
     """Frequencies of first and second tokens over many completions of one prompt."""
     model, processor = loaded
     prompts = share(loaded, data, [0])
@@ -190,7 +85,7 @@ def test_samples_follow_the_models_distribution(loaded, data):  # noqa: F811
     assert completions[:, 1].unique().numel() > 1
 
 
-def test_gradients_with_checkpointing_and_shared_prompts_are_those_without(loaded, data):  # noqa: F811
+def test_gradients_with_checkpointing_and_shared_prompts_are_those_without(loaded, data):
     """Checkpointing changes nothing, and sharing a prefill sums what its copies would get."""
     model, processor = loaded
     prompts = share(loaded, data, PROMPTS)
@@ -225,8 +120,8 @@ def test_gradients_with_checkpointing_and_shared_prompts_are_those_without(loade
     assert torch.allclose(checkpointed, shared, rtol=1e-4, atol=1e-6)
 
 
-def test_only_the_language_model_is_adapted(make_recipe, glimpsing):
-    recipe = make_recipe()
+def test_only_the_language_model_is_adapted(make_stage2_recipe, glimpsing):
+    recipe = make_stage2_recipe()
     summary = train_stage2(recipe)
     adapter = Path(recipe.output)
     names = set(load_file(adapter / "adapter_model.safetensors"))
@@ -246,8 +141,6 @@ def test_only_the_language_model_is_adapted(make_recipe, glimpsing):
 def test_named_layers_are_those_of_the_language_model_only(loaded):
     model, _ = loaded
     config = Lora(target_modules=["q_proj", "down_proj"]).config(model)
-    import re
-
     hits = [name for name, _ in model.named_modules() if re.fullmatch(config.target_modules, name)]
     assert len(hits) == 2 * model.config.get_text_config().num_hidden_layers
     assert all(name.startswith("model.language_model.layers.") for name in hits)
@@ -255,14 +148,14 @@ def test_named_layers_are_those_of_the_language_model_only(loaded):
         Lora(target_modules=["qkv"]).config(model)
 
 
-def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
+def test_the_policy_learns_what_is_rewarded(make_stage2_recipe, monkeypatch):
     """A reward for every other character makes them frequent."""
 
     def likes_even(completions, **known):
         return [float(ord(text[0]) % 2 == 0) if text else 0.0 for text in completions]
 
     monkeypatch.setitem(rewards.REWARDS, "anls", likes_even)
-    recipe = make_recipe(
+    recipe = make_stage2_recipe(
         **{"rewards": {"anls": 1.0}, "training.max_steps": 16, "training.learning_rate": 0.03,
            "training.per_device_train_batch_size": 24, "training.beta": 0.0,
            "training.max_completion_length": 1, "training.lr_scheduler_type": "constant"}
@@ -272,20 +165,20 @@ def test_the_policy_learns_what_is_rewarded(make_recipe, monkeypatch):
     assert sum(gained[:4]) / 4 < 0.25 and sum(gained[-8:]) / 8 > 0.36
 
 
-def test_log_probabilities_of_policy_and_reference_start_equal(make_recipe):
-    recipe = make_recipe(**{"training.max_steps": 1, "training.beta": 0.5})
+def test_log_probabilities_of_policy_and_reference_start_equal(make_stage2_recipe):
+    recipe = make_stage2_recipe(**{"training.max_steps": 1, "training.beta": 0.5})
     train_stage2(recipe)
     assert history(recipe)[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_several_updates_a_round_use_the_rounds_own_masks(make_recipe):
+def test_several_updates_a_round_use_the_rounds_own_masks(make_stage2_recipe):
     """Old log-probabilities are needed then; micro-batches hold shuffled rows of all prompts."""
     settings = {
         "training.per_device_train_batch_size": 4, "training.steps_per_generation": 4,
         "training.num_iterations": 2, "training.max_steps": 4, "training.learning_rate": 0.0,
         "training.beta": 0.1, "training.logging_steps": 1,
     }  # fmt: skip
-    recipe = make_recipe(**settings)
+    recipe = make_stage2_recipe(**settings)
     train_stage2(recipe)
     for entry in history(recipe):  # the ratios are 1 and the references equal
         assert entry["kl"] == pytest.approx(0, abs=1e-6)
@@ -293,21 +186,21 @@ def test_several_updates_a_round_use_the_rounds_own_masks(make_recipe):
 
 
 @pytest.mark.parametrize("mask", ["evidence", "all"])
-def test_masks_that_need_no_glimpse_train_a_stock_base(make_recipe, base, mask):  # noqa: F811
-    recipe = make_recipe(base=str(base), mask=mask)
+def test_masks_that_need_no_glimpse_train_a_stock_base(make_stage2_recipe, base, mask):
+    recipe = make_stage2_recipe(base=str(base), mask=mask)
     summary = train_stage2(recipe)
     shares = [entry["retention"] for entry in history(recipe)]
     assert all(share == 1 for share in shares) if mask == "all" else max(shares) < 1
     assert summary["steps"] == 3
 
 
-def test_the_models_own_mask_needs_a_trained_glimpse(make_recipe, base):  # noqa: F811
+def test_the_models_own_mask_needs_a_trained_glimpse(make_stage2_recipe, base):
     with pytest.raises(ValueError, match="no trained glimpse to choose masks"):
-        train_stage2(make_recipe(base=str(base)))
+        train_stage2(make_stage2_recipe(base=str(base)))
 
 
-def test_rewards_are_weighted_sums(make_recipe):
-    recipe = make_recipe(
+def test_rewards_are_weighted_sums(make_stage2_recipe):
+    recipe = make_stage2_recipe(
         **{"rewards": {"exact_match": 2.0, "anls": 1, "retention": 0.5}, "training.max_steps": 2}
     )
     train_stage2(recipe)
@@ -325,25 +218,25 @@ def test_reward_functions():
     assert rewards.retention(retention=[0.25, 1.0], **known) == [0.75, 0]
 
 
-def test_a_judge_rewards(make_recipe):
+def test_a_judge_rewards(make_stage2_recipe):
     with judge_server(
         lambda message: "0.25" if "Reference answer: 7" in message else "1"
     ) as server:
         judge = {"judge.url": server.url, "judge.model": "stub"}
-        recipe = make_recipe(rewards={"judge": 1.0}, **judge, **{"training.max_steps": 2})
+        recipe = make_stage2_recipe(rewards={"judge": 1.0}, **judge, **{"training.max_steps": 2})
         train_stage2(recipe)
         assert len(server.requests) == 16
     assert {entry["rewards/judge/mean"] for entry in history(recipe)} <= {0.25, 0.625, 1.0}
 
 
-def test_a_judge_that_goes_down_leaves_a_checkpoint(make_recipe, capsys):
+def test_a_judge_that_goes_down_leaves_a_checkpoint(make_stage2_recipe, capsys):
     replies = cycle("10")
     with judge_server(lambda message: next(replies), []) as server:
         judge = {
             "judge.url": server.url, "judge.model": "stub", "judge.retries": 1,
             "judge.backoff": 0.0, "judge.timeout": 0.2, "judge.concurrency": 1,
         }  # fmt: skip
-        recipe = make_recipe(rewards={"judge": 1.0}, **judge)
+        recipe = make_stage2_recipe(rewards={"judge": 1.0}, **judge)
         server.plan = [200] * 16 + [503] * 99  # two rounds of eight completions
         with pytest.raises(
             OSError, match="replied 503.*checkpoint-2 is saved: go on with --resume"
@@ -354,7 +247,7 @@ def test_a_judge_that_goes_down_leaves_a_checkpoint(make_recipe, capsys):
         assert train_stage2(recipe, resume=True)["steps"] == 3
 
 
-def test_a_loss_that_is_no_number_stops(make_recipe, monkeypatch):
+def test_a_loss_that_is_no_number_stops(make_stage2_recipe, monkeypatch):
     original = Stage2Trainer._get_per_token_logps_and_entropies
 
     def broken(self, *args, **kwargs):
@@ -362,7 +255,7 @@ def test_a_loss_that_is_no_number_stops(make_recipe, monkeypatch):
         return (values * float("nan") if self.state.global_step == 1 else values, *rest)
 
     monkeypatch.setattr(Stage2Trainer, "_get_per_token_logps_and_entropies", broken)
-    recipe = make_recipe()
+    recipe = make_stage2_recipe()
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 2 .*ref_per_token_logps"):
         train_stage2(recipe)
     assert not Path(recipe.output).exists()
@@ -389,9 +282,9 @@ def test_a_loss_that_is_no_number_stops(make_recipe, monkeypatch):
         ({"training.use_vllm": True}, "use_vllm: rollouts run through"),
     ],
 )
-def test_bad_recipes_end_in_a_sentence(make_recipe, capsys, overrides, message, tmp_path):
+def test_bad_recipes_end_in_a_sentence(make_stage2_recipe, capsys, overrides, message, tmp_path):
     path = tmp_path / "recipe.yaml"
-    content = yaml.safe_load(yaml.safe_dump(make_recipe().to_dict()))
+    content = yaml.safe_load(yaml.safe_dump(make_stage2_recipe().to_dict()))
     for name, value in overrides.items():
         section, dot, key = name.partition(".")
         content[section] = {**content[section], key: value} if dot else value
@@ -401,28 +294,9 @@ def test_bad_recipes_end_in_a_sentence(make_recipe, capsys, overrides, message, 
     assert message in said and "Traceback" not in said
 
 
-@contextmanager
-def something_to_learn(mask):
-    """Settings under which each completion has a reward of its own, the same whenever asked."""
-    with judge_server(lambda message: str(crc32(message.encode()) % 101 / 100)) as server:
-        yield {
-            "mask": mask, "rewards": {"judge": 1.0, "retention": 1.0},
-            "judge.url": server.url, "judge.model": "stub", "training.save_steps": 2,
-        }  # fmt: skip
-
-
-def learned(recipe) -> dict[str, torch.Tensor]:
-    """What a run trained, which was something."""
-    files = sorted(Path(recipe.output).glob("*.safetensors"))
-    assert len(files) == (2 if recipe.mask == "sampled" else 1)
-    weights = {name: weight for file in files for name, weight in load_file(file).items()}
-    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
-    return weights
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["model", "sampled"])
-def test_resumed_training_equals_uninterrupted_training(make_recipe, monkeypatch, mask):
+def test_resumed_training_equals_uninterrupted_training(make_stage2_recipe, monkeypatch, mask):
     """A run that stops between checkpoints, in its second epoch, ends with the same weights."""
     original = Stage2Trainer._compute_loss
 
@@ -433,7 +307,10 @@ def test_resumed_training_equals_uninterrupted_training(make_recipe, monkeypatch
 
     with something_to_learn(mask) as settings:
         settings["training.max_steps"] = 6
-        whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+        whole, parts = (
+            make_stage2_recipe("whole", **settings),
+            make_stage2_recipe("parts", **settings),
+        )
         train_stage2(whole)
         monkeypatch.setattr(Stage2Trainer, "_compute_loss", stopping)
         with pytest.raises(KeyboardInterrupt):
@@ -447,9 +324,11 @@ def test_resumed_training_equals_uninterrupted_training(make_recipe, monkeypatch
 
 
 @pytest.mark.parametrize("into", ["repository", pytest.param("stock", marks=pytest.mark.slow)])
-def test_plus_runs_all_three_steps(make_recipe, base, glimpsing, data, tmp_path, capsys, into):  # noqa: F811
+def test_plus_runs_all_three_steps(
+    make_stage2_recipe, base, glimpsing, data, tmp_path, capsys, into
+):
     """And the merged model computes what base and adapter did together."""
-    recipe = make_recipe("unused")
+    recipe = make_stage2_recipe("unused")
     path, stage1 = tmp_path / "stage2.yaml", tmp_path / "stage1.yaml"
     content = {name: value for name, value in recipe.to_dict().items() if name != "output"}
     path.write_text(yaml.safe_dump(content | {"stage1_recipe": str(stage1)}))
@@ -492,8 +371,8 @@ def test_plus_runs_all_three_steps(make_recipe, base, glimpsing, data, tmp_path,
         train_plus(recipe, stage1, output)
 
 
-def test_merge_names_the_next_recipe(make_recipe, tmp_path, capsys):
-    recipe = make_recipe(stage1_recipe="recipes/stage1_tiny.yaml")
+def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):
+    recipe = make_stage2_recipe(stage1_recipe="recipes/stage1_tiny.yaml")
     train_stage2(recipe)
     output = tmp_path / "merged"
     assert main(["merge", "--adapter", recipe.output, "--output", str(output)]) == 0
@@ -525,12 +404,15 @@ def test_recipes_can_be_read(name, layers, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["model", "sampled"])
-def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path, mask):
+def test_a_killed_run_resumes_to_the_same_weights(make_stage2_recipe, tmp_path, mask):
     path = tmp_path / "parts.yaml"
     command = [sys.executable, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
     with something_to_learn(mask) as settings:
         settings["training.max_steps"] = 6
-        whole, parts = make_recipe("whole", **settings), make_recipe("parts", **settings)
+        whole, parts = (
+            make_stage2_recipe("whole", **settings),
+            make_stage2_recipe("parts", **settings),
+        )
         train_stage2(whole)
         path.write_text(yaml.safe_dump(parts.to_dict()))
         process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
@@ -546,13 +428,13 @@ def test_a_killed_run_resumes_to_the_same_weights(make_recipe, tmp_path, mask):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["model", "sampled"])
-def test_two_processes_train_together(make_recipe, tmp_path, mask):
+def test_two_processes_train_together(make_stage2_recipe, tmp_path, mask):
     """Over gloo; policy and reference start equal in both."""
     path = tmp_path / "recipe.yaml"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
     with something_to_learn(mask) as settings:
-        recipe = make_recipe(**settings, **{"training.beta": 0.1, "training.max_steps": 2})
+        recipe = make_stage2_recipe(**settings, **{"training.beta": 0.1, "training.max_steps": 2})
         path.write_text(yaml.safe_dump(recipe.to_dict()))
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=300)
     summary = json.loads((Path(recipe.output) / "training_summary.json").read_text())

@@ -28,7 +28,8 @@ from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord
 from .layer_outputs import LayerOutputs, spread
 from .pruned_cache import adopt_layers, pruned_layer, slot_columns, slot_mask
-from .selection import select_visual_tokens
+from .selection import corner_tokens, select_visual_tokens
+from .token_block import TokenBlock
 from .visual_tokens import VisualTokens
 
 UNTRAINED = (
@@ -37,9 +38,6 @@ UNTRAINED = (
 )
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SOFT_ATTENTIONS = ("eager", "sdpa")
-# What a soft mask adds to scores. Both are finite in every dtype, so that a row that sees nothing
-# else is no division by zero, and the lower one stays far below the other.
-DROPPED, UNSEEN = -1e4, -3e4
 
 
 @dataclass
@@ -83,72 +81,6 @@ class PruneRequest:
     def takes_glimpse(self) -> bool:
         """Whether the glimpse decides, and not the caller."""
         return self.visual_keep_mask is None and self.visual_log_keep is None
-
-
-@dataclass
-class _Block:
-    """Tokens on their way through the layers: the prompt, or what stands before or after it.
-
-    Attributes:
-        hidden_states: `(batch, tokens, hidden)`.
-        position_ids: `(..., batch, tokens)`, the family's rotary positions.
-        mask: `(batch, past slots + tokens)` bool, True at real tokens, or None for all.
-        length: tokens as the caller sees them, pruned ones counted, glimpse tokens not.
-        past_slots: physical length of the cache before these tokens.
-        past_dropped: tokens dropped from the cache before these tokens.
-        past_columns: `(batch or 1, past slots)` where the caller sees the slots of the cache.
-        prompt_start: slot of the prompt's first token.
-        prompt_length: tokens of the prompt.
-        glimpse_slice: where the glimpse tokens stand in `hidden_states`.
-        next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
-        order: `(batch, slots)` prompt position of each slot, once the prompt is compact.
-        fixed_slots: slots up to the last visual token, once the prompt is compact.
-        log_keep: `(batch, past slots + tokens)`, what a soft mask adds to the scores of each key.
-    """
-
-    hidden_states: torch.Tensor
-    position_ids: torch.Tensor
-    mask: torch.Tensor | None
-    length: int
-    past_slots: int
-    past_dropped: int
-    past_columns: torch.Tensor
-    prompt_start: int
-    prompt_length: int
-    glimpse_slice: slice
-    next_position: torch.Tensor
-    order: torch.Tensor | None = None
-    fixed_slots: int = 0
-    log_keep: torch.Tensor | None = None
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """`(batch, tokens)` bool, True at the block's real tokens."""
-        if self.mask is None:
-            return self.hidden_states.new_ones(self.hidden_states.shape[:2], dtype=torch.bool)
-        return self.mask[:, self.past_slots :]
-
-    def as_seen(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """Lay tensors of the block's tokens, `(batch, ...)`, out as the caller sees the tokens.
-
-        Glimpse tokens go, and dropped tokens are zeros.
-        """
-        if self.order is None:
-            before, _, after = states.tensor_split([*_bounds(self.glimpse_slice)], dim=dim)
-            return torch.cat([before, after], dim=dim)
-        shape = [1] * states.ndim
-        shape[0], shape[dim] = self.order.shape
-        real = self.valid.to(states.device).view(shape)
-        return spread(states * real, self.order, self.length, dim)
-
-    def weights_as_seen(self, weights: torch.Tensor | None) -> torch.Tensor | None:
-        """Attention weights `(batch, heads, tokens, slots)` laid out on both sides."""
-        if weights is None:
-            return None
-        past, own = weights.tensor_split([self.past_slots], dim=3)
-        length = self.past_slots + self.past_dropped
-        past = spread(past, self.past_columns.expand(len(past), -1), length, dim=3)
-        return self.as_seen(torch.cat([past, self.as_seen(own, dim=3)], dim=3), dim=2)
 
 
 class PrunedForwardMixin:
@@ -301,7 +233,7 @@ class PrunedForwardMixin:
         """Run tokens without a glimpse over the cache: `(batch, tokens, hidden)` after the norm.
 
         Args:
-            past_log_keep: `(batch, past slots)`, see `_Block`.
+            past_log_keep: `(batch, past slots)`, see `TokenBlock`.
         """
         block = self._start(
             part, inputs_embeds, attention_mask, position_ids, cache, prompt_length, None
@@ -320,7 +252,7 @@ class PrunedForwardMixin:
         cache: DynamicCache,
         prompt_length: int,
         request: PruneRequest | None,
-    ) -> _Block:
+    ) -> TokenBlock:
         """Line the mask up with the cache, and insert the glimpse tokens after the prompt.
 
         Args:
@@ -355,7 +287,7 @@ class PrunedForwardMixin:
             if mask is not None:
                 ones = mask.new_ones(batch, count)
                 mask = _insert(mask, ones, past_slots + place, dim=1)
-        return _Block(
+        return TokenBlock(
             inputs_embeds,
             position_ids,
             mask,
@@ -370,7 +302,7 @@ class PrunedForwardMixin:
         )
 
     def _run_prefill(
-        self, prefill: _Block, cache: DynamicCache, request: PruneRequest, outputs: LayerOutputs
+        self, prefill: TokenBlock, cache: DynamicCache, request: PruneRequest, outputs: LayerOutputs
     ) -> torch.Tensor:
         """Hidden states `(batch, length, hidden)` after the final norm, glimpse tokens removed."""
         attention = self._run_glimpse(prefill, cache, request, outputs)
@@ -381,7 +313,7 @@ class PrunedForwardMixin:
         if not request.in_place:
             self._compact(self._prompt_mask(keep, prefill, request), prefill, cache, request)
         if request.visual_log_keep is not None:
-            self._soften(prefill, request)
+            prefill.soften(request.visual_log_keep, request.tokens)
         if request.glimpse_layer >= 0:
             prefill.hidden_states = run_mlp(layer, prefill.hidden_states)
         self._run_layers(request.glimpse_layer + 1, prefill, cache, request, outputs)
@@ -393,7 +325,7 @@ class PrunedForwardMixin:
         return prefill.as_seen(hidden_states)
 
     def _run_glimpse(
-        self, prefill: _Block, cache: DynamicCache, request: PruneRequest, outputs: LayerOutputs
+        self, prefill: TokenBlock, cache: DynamicCache, request: PruneRequest, outputs: LayerOutputs
     ) -> torch.Tensor | None:
         """Run layers 0..K-1 and layer K's attention; read the glimpse token's attention.
 
@@ -426,7 +358,7 @@ class PrunedForwardMixin:
         self,
         run: Callable,
         index: int,
-        block: _Block,
+        block: TokenBlock,
         mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         cache: DynamicCache,
@@ -446,7 +378,7 @@ class PrunedForwardMixin:
         block.hidden_states = states if run is run_attention else run_mlp(layer, states)
 
     def _visual_attention(
-        self, logits: torch.Tensor, prefill: _Block, request: PruneRequest
+        self, logits: torch.Tensor, prefill: TokenBlock, request: PruneRequest
     ) -> torch.Tensor:
         """`(batch, heads, keys)` of one layer to `(N, heads)` at the visual tokens."""
         tokens = request.tokens
@@ -457,18 +389,15 @@ class PrunedForwardMixin:
         attention = request.glimpse.read_attention(logits, valid)
         return attention[tokens.rows, :, prefill.prompt_start + tokens.columns]
 
-    def _add_glimpse_vectors(self, layer: int, prefill: _Block, request: PruneRequest) -> None:
-        start, stop = _bounds(prefill.glimpse_slice)
-        if layer == 0 or start == stop:
-            return
-        vectors = request.glimpse.token(layer)
+    def _add_glimpse_vectors(self, layer: int, prefill: TokenBlock, request: PruneRequest) -> None:
+        vectors = request.glimpse.token(layer) if layer and prefill.has_glimpse else None
         if vectors is not None:
             prefill.hidden_states[:, prefill.glimpse_slice] += vectors.to(prefill.hidden_states)
 
     def _score_and_select(
         self,
         attention: torch.Tensor | None,
-        prefill: _Block,
+        prefill: TokenBlock,
         cache: DynamicCache,
         request: PruneRequest,
     ) -> torch.Tensor:
@@ -492,7 +421,7 @@ class PrunedForwardMixin:
         return keep
 
     def _prompt_mask(
-        self, keep: torch.Tensor, prefill: _Block, request: PruneRequest
+        self, keep: torch.Tensor, prefill: TokenBlock, request: PruneRequest
     ) -> torch.Tensor:
         """`(batch, prompt)` bool, True at all kept tokens, from that of the visual tokens."""
         prompt = prefill.valid[:, : prefill.prompt_length].clone()
@@ -500,7 +429,7 @@ class PrunedForwardMixin:
         return prompt
 
     def _select(
-        self, importance: torch.Tensor, prefill: _Block, request: PruneRequest
+        self, importance: torch.Tensor, prefill: TokenBlock, request: PruneRequest
     ) -> torch.Tensor:
         tokens = request.tokens
         keep = select_visual_tokens(
@@ -516,7 +445,7 @@ class PrunedForwardMixin:
         return keep | (tokens.columns == prefill.prompt_length - 1)
 
     def _compact(
-        self, keep: torch.Tensor, prefill: _Block, cache: DynamicCache, request: PruneRequest
+        self, keep: torch.Tensor, prefill: TokenBlock, cache: DynamicCache, request: PruneRequest
     ) -> None:
         """Pack kept tokens to the right in hidden states, positions, mask and layers 0..K.
 
@@ -550,19 +479,10 @@ class PrunedForwardMixin:
             past_mask = prefill.mask[:, :past_slots]
         prefill.mask = torch.cat([past_mask, real], dim=1)
 
-    def _soften(self, prefill: _Block, request: PruneRequest) -> None:
-        """Weigh the keys of a prompt of which every token stayed, from here on."""
-        tokens, states = request.tokens, prefill.hidden_states
-        given = request.visual_log_keep.to(tokens.rows.device).clamp(min=DROPPED)
-        of_prompt = given.new_zeros(len(states), prefill.length)
-        of_prompt = of_prompt.index_put((tokens.rows, tokens.columns), given)
-        of_slots = of_prompt.gather(1, prefill.order)
-        prefill.log_keep = pad(of_slots, (prefill.past_slots, 0)).to(states.device)
-
     def _run_layers(
         self,
         first: int,
-        block: _Block,
+        block: TokenBlock,
         cache: DynamicCache,
         request: PruneRequest,
         outputs: LayerOutputs,
@@ -576,7 +496,7 @@ class PrunedForwardMixin:
                 self._add_glimpse_vectors(index, block, request)
             self._step(run_layer, index, block, mask, rotary, cache, outputs)
 
-    def _finish(self, prefill: _Block, cache: DynamicCache) -> None:
+    def _finish(self, prefill: TokenBlock, cache: DynamicCache) -> None:
         """Tell every cache layer what was dropped."""
         slots = prefill.past_slots + prefill.order.shape[1]
         dropped = prefill.length - prefill.order.shape[1]
@@ -593,7 +513,7 @@ class PrunedForwardMixin:
         cache.layers[0].prompt_columns = torch.cat([past_columns, new_columns], dim=1)
 
     def _mask_and_rotary(
-        self, block: _Block, cache: DynamicCache, first_layer: int
+        self, block: TokenBlock, cache: DynamicCache, first_layer: int
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
         """Attention mask and rotary embeddings for the layers from `first_layer` on.
 
@@ -604,7 +524,7 @@ class PrunedForwardMixin:
         """
         rotary = self.rotary_emb(block.hidden_states, block.position_ids)
         if block.log_keep is not None:
-            return _soft_mask(block).to(block.hidden_states.dtype), rotary
+            return block.soft_mask().to(block.hidden_states.dtype), rotary
         remaining = DynamicCache()
         remaining.layers = cache.layers[first_layer:]
         mask = block.mask
@@ -627,23 +547,8 @@ class PrunedForwardMixin:
         return causal_mask, rotary
 
 
-def _soft_mask(block: _Block) -> torch.Tensor:
-    """`(batch, 1, tokens, slots)` float: `log_keep` of the keys that a token may see."""
-    batch, slots = block.log_keep.shape
-    place = torch.arange(slots, device=block.log_keep.device)
-    seen = place <= place[block.past_slots :, None]  # (tokens, slots)
-    if block.mask is not None:
-        seen = seen & block.mask[:, None].to(seen.device)
-    seen = seen.expand(batch, -1, -1)
-    return torch.where(seen, block.log_keep[:, None], UNSEEN)[:, None]
-
-
 def _is_2d(attention_mask: object) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-
-
-def _bounds(part: slice) -> tuple[int, int]:
-    return part.start, part.stop
 
 
 def _over_prompt(weights: torch.Tensor | None, layer) -> torch.Tensor | None:
@@ -669,7 +574,7 @@ def _plain(rotary: torch.Tensor) -> torch.Tensor:
 
 
 def _kept_counts(
-    keep: torch.Tensor, prefill: _Block, request: PruneRequest
+    keep: torch.Tensor, prefill: TokenBlock, request: PruneRequest
 ) -> tuple[list[int], bool, int]:
     """Kept tokens of each row, whether the mask has no padding, the last visual token's column.
 
@@ -695,15 +600,3 @@ def _kept_counts(
             '(processor.tokenizer.padding_side = "left"), or use prune=False'
         )
     return counts, bool(all_real), last_visual
-
-
-def corner_tokens(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
-    """`(N,)` bool, True at the named corners of each frame."""
-    _, row, column, _, height, width = geometry.unbind(1)
-    found = torch.zeros_like(row, dtype=torch.bool)
-    for corner in corners:
-        vertical, horizontal = corner.split("_")
-        at_row = row == (0 if vertical == "top" else height - 1)
-        at_column = column == (0 if horizontal == "left" else width - 1)
-        found |= at_row & at_column
-    return found

@@ -1,4 +1,4 @@
-"""The rule that decides which visual tokens are kept."""
+"""The rules that decide which visual tokens are kept."""
 
 import torch
 
@@ -39,6 +39,18 @@ def select_visual_tokens(
         keep = torch.where(exceeds[rows], rank < allowed.long()[rows], keep)
     too_few = _count(keep, rows, num_rows) < min_keep_tokens
     return torch.where(too_few[rows], rank < min_keep_tokens, keep)
+
+
+def corner_tokens(geometry: torch.Tensor, corners: list[str]) -> torch.Tensor:
+    """`(N,)` bool, True at the named corners of each frame."""
+    _, row, column, _, height, width = geometry.unbind(1)
+    found = torch.zeros_like(row, dtype=torch.bool)
+    for corner in corners:
+        vertical, horizontal = corner.split("_")
+        at_row = row == (0 if vertical == "top" else height - 1)
+        at_column = column == (0 if horizontal == "left" else width - 1)
+        found |= at_row & at_column
+    return found
 
 
 def _count(selected: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PretrainedConfig
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
-from modeling_glimpseprune.pruned_forward import corner_tokens
-from modeling_glimpseprune.selection import select_visual_tokens
+from modeling_glimpseprune.selection import corner_tokens, select_visual_tokens
 
 from .rollout import SharedPrompts
 from .soft_mask import logistic_noise

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ModelOutput
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
-from modeling_glimpseprune.pruned_forward import corner_tokens
+from modeling_glimpseprune.selection import corner_tokens
 from modeling_glimpseprune.visual_tokens import VisualFeatures
 
 from ..data.visual_cot_collator import IGNORED_LABEL, repeat_visuals

@@ -1,0 +1,109 @@
+"""Tokens on their way through a decoder, and how their caller sees them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .layer_outputs import spread
+from .visual_tokens import VisualTokens
+
+# What a soft mask adds to scores. Both are finite in every dtype, so that a row that sees nothing
+# else is no division by zero, and the lower one stays far below the other.
+DROPPED, UNSEEN = -1e4, -3e4
+
+
+@dataclass
+class TokenBlock:
+    """Tokens on their way through the layers: the prompt, or what stands before or after it.
+
+    Attributes:
+        hidden_states: `(batch, tokens, hidden)`.
+        position_ids: `(..., batch, tokens)`, the family's rotary positions.
+        mask: `(batch, past slots + tokens)` bool, True at real tokens, or None for all.
+        length: tokens as the caller sees them, pruned ones counted, glimpse tokens not.
+        past_slots: physical length of the cache before these tokens.
+        past_dropped: tokens dropped from the cache before these tokens.
+        past_columns: `(batch or 1, past slots)` where the caller sees the slots of the cache.
+        prompt_start: slot of the prompt's first token.
+        prompt_length: tokens of the prompt.
+        glimpse_slice: where the glimpse tokens stand in `hidden_states`.
+        next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
+        order: `(batch, slots)` prompt position of each slot, once the prompt is compact.
+        fixed_slots: slots up to the last visual token, once the prompt is compact.
+        log_keep: `(batch, past slots + tokens)`, what a soft mask adds to the scores of each key.
+    """
+
+    hidden_states: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor | None
+    length: int
+    past_slots: int
+    past_dropped: int
+    past_columns: torch.Tensor
+    prompt_start: int
+    prompt_length: int
+    glimpse_slice: slice
+    next_position: torch.Tensor
+    order: torch.Tensor | None = None
+    fixed_slots: int = 0
+    log_keep: torch.Tensor | None = None
+
+    @property
+    def has_glimpse(self) -> bool:
+        """Whether glimpse tokens are among them."""
+        return self.glimpse_slice.start < self.glimpse_slice.stop
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """`(batch, tokens)` bool, True at the block's real tokens."""
+        if self.mask is None:
+            return self.hidden_states.new_ones(self.hidden_states.shape[:2], dtype=torch.bool)
+        return self.mask[:, self.past_slots :]
+
+    def as_seen(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Lay tensors of the block's tokens, `(batch, ...)`, out as the caller sees the tokens.
+
+        Glimpse tokens go, and dropped tokens are zeros.
+        """
+        if self.order is None:
+            bounds = [self.glimpse_slice.start, self.glimpse_slice.stop]
+            before, _, after = states.tensor_split(bounds, dim=dim)
+            return torch.cat([before, after], dim=dim)
+        shape = [1] * states.ndim
+        shape[0], shape[dim] = self.order.shape
+        real = self.valid.to(states.device).view(shape)
+        return spread(states * real, self.order, self.length, dim)
+
+    def weights_as_seen(self, weights: torch.Tensor | None) -> torch.Tensor | None:
+        """Attention weights `(batch, heads, tokens, slots)` laid out on both sides."""
+        if weights is None:
+            return None
+        past, own = weights.tensor_split([self.past_slots], dim=3)
+        length = self.past_slots + self.past_dropped
+        past = spread(past, self.past_columns.expand(len(past), -1), length, dim=3)
+        return self.as_seen(torch.cat([past, self.as_seen(own, dim=3)], dim=3), dim=2)
+
+    def soften(self, visual_log_keep: torch.Tensor, tokens: VisualTokens) -> None:
+        """Weigh the keys of a prompt of which every token stayed, from here on.
+
+        Args:
+            visual_log_keep: `(N,)` log-probability to be kept of each visual token.
+            tokens: where they stand.
+        """
+        states = self.hidden_states
+        given = visual_log_keep.to(tokens.rows.device).clamp(min=DROPPED)
+        of_prompt = given.new_zeros(len(states), self.length)
+        of_prompt = of_prompt.index_put((tokens.rows, tokens.columns), given)
+        of_slots = of_prompt.gather(1, self.order)
+        self.log_keep = pad(of_slots, (self.past_slots, 0)).to(states.device)
+
+    def soft_mask(self) -> torch.Tensor:
+        """`(batch, 1, tokens, slots)` float: `log_keep` of the keys that a token may see."""
+        batch, slots = self.log_keep.shape
+        place = torch.arange(slots, device=self.log_keep.device)
+        seen = place <= place[self.past_slots :, None]  # (tokens, slots)
+        if self.mask is not None:
+            seen = seen & self.mask[:, None].to(seen.device)
+        seen = seen.expand(batch, -1, -1)
+        return torch.where(seen, self.log_keep[:, None], UNSEEN)[:, None]

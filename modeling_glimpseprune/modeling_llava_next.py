@@ -25,6 +25,7 @@ from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningModelMixin
 from .selection import select_visual_tokens  # noqa: F401
+from .token_block import TokenBlock  # noqa: F401
 from .visual_tokens import VisualFeatures, token_geometry
 
 VIEWS = ("base_view", "image")

@@ -28,7 +28,7 @@ from .pruned_cache import slot_mask  # noqa: F401
 from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningGenerationMixin, PruningModelMixin
-from .selection import select_visual_tokens  # noqa: F401
+from .selection import corner_tokens  # noqa: F401
 from .token_block import TokenBlock  # noqa: F401
 from .visual_tokens import VisualFeatures, token_geometry, whole_images
 

@@ -42,9 +42,11 @@ from glimpseprune.training.stage2 import train_stage2
 from glimpseprune.training.stage2_config import Stage2Recipe
 
 RECIPES = REPOSITORY / "recipes"
-BASE_RECIPE, STAGE1_RECIPE, STAGE2_RECIPE = (
-    RECIPES / f"{name}.yaml" for name in ("tiny_base_stopped", "stage1_tiny", "stage2_tiny")
+BASE_RECIPE, STAGE1_RECIPE = RECIPES / "tiny_base_stopped.yaml", RECIPES / "stage1_tiny.yaml"
+STAGE2_RECIPE, SAMPLED_RECIPE = (
+    RECIPES / f"{name}.yaml" for name in ("stage2_tiny", "stage2_tiny_sampled")
 )
+RECIPES_USED = (BASE_RECIPE, STAGE1_RECIPE, STAGE2_RECIPE, SAMPLED_RECIPE)
 TINY_SEED = 1  # of the training of hub_configs/tiny
 RESULTS = REPOSITORY / "benchmarks" / "results" / "plus_tiny.json"
 BASE = "base, all tokens"
@@ -56,11 +58,6 @@ MASKS = {
     "all": "RL on whole prompts",
     "sampled": "RL with sampled masks",
 }
-# Without scaling within a group, whose answers may all be right, retention keeps its small weight.
-SAMPLED = {
-    "rewards.retention": 0.2, "masks_per_prompt": 2, "training.scale_rewards": "batch",
-    "training.glimpse_learning_rate": 1e-4,
-}  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -186,8 +183,8 @@ def run_stage2(arguments: argparse.Namespace, seed: int, mask: str) -> Path:
             "training.max_steps": arguments.stage2_steps, "training.seed": seed,
             "training.disable_tqdm": True,
         }  # fmt: skip
-        overrides |= SAMPLED if mask == "sampled" else {}
-        train_stage2(read_recipe(Stage2Recipe, STAGE2_RECIPE, overrides), resume=True)
+        path = SAMPLED_RECIPE if mask == "sampled" else STAGE2_RECIPE
+        train_stage2(read_recipe(Stage2Recipe, path, overrides), resume=True)
     if not merged.exists():
         merge_stage2(str(adapter), str(base), merged)
     return merged
@@ -270,10 +267,9 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
     names = ("stage2_steps", "stage1_steps", "again_steps", "questions", "seeds", "masks", "grid")
     return {
         **{name: getattr(arguments, name) for name in names},
-        "recipes": [path.name for path in (BASE_RECIPE, STAGE1_RECIPE, STAGE2_RECIPE)],
+        "recipes": [path.name for path in RECIPES_USED],
         "prompts_a_step": PROMPTS_A_STEP,
         "stage_1_again": AGAIN,
-        "sampled_masks": SAMPLED,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from glimpseprune.cli import main
+from glimpseprune.loading import REPOSITORY
 from glimpseprune.tiny_world.accuracy import chat_prompt, generated_answers, generation_accuracy
 from glimpseprune.tiny_world.model import fresh_base
 from glimpseprune.tiny_world.packing import Packer
@@ -126,6 +127,11 @@ def test_train_base_writes_a_loadable_folder_and_a_summary(tmp_path, recipe_file
     together = generated_answers(model, loaded, images, questions)
     alone = [generated_answers(model, loaded, [images[0]], [text])[0] for text in questions]
     assert together == alone
+
+
+@pytest.mark.parametrize("name", ["tiny_base", "tiny_base_longer", "tiny_base_stopped"])
+def test_recipes_can_be_read(name):
+    assert load_recipe(REPOSITORY / "recipes" / f"{name}.yaml").total_steps > 0
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path, recipe_file, processor):

@@ -384,16 +384,18 @@ def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"),
-    [("qwen2_5_vl_3b", 36), ("qwen2_5_vl_7b", 28), ("llava_1_5_7b", 32), ("tiny", 6)],
+    "name", ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "llava_1_5_7b", "tiny", "tiny_sampled"]
 )
-def test_recipes_can_be_read(name, layers, tmp_path):
+def test_recipes_can_be_read(name, tmp_path):
     path = REPOSITORY / "recipes" / f"stage2_{name}.yaml"
     given = {"data": "d", "output": str(tmp_path / "o"), "training.bf16": False}
-    given |= {"training.use_cpu": True, "base": "b"} if name == "tiny" else {}
+    tiny = name.startswith("tiny")
+    given |= {"training.use_cpu": True, "base": "b"} if tiny else {}
     recipe = read_recipe(Stage2Recipe, path, given)
     assert (REPOSITORY / recipe.stage1_recipe).exists()
-    if name == "tiny":
+    if tiny:
+        assert recipe.mask == ("sampled" if name == "tiny_sampled" else "model")
+        assert recipe.training_config().num_generations == 8
         return
     config, lora = recipe.training_config(), Lora(**recipe.lora)
     assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (32, 64, 0.05, None)

@@ -36,6 +36,7 @@ from conversion.repository import (
 from glimpseprune.families import Family, family_of
 from glimpseprune.hub.folders import place_file, vacant_sibling
 from glimpseprune.hub.shards import (
+    GLIMPSE_WEIGHTS,
     ConversionError,
     Shard,
     find_shards,
@@ -47,8 +48,7 @@ from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_GLIMPSE = "glimpse.safetensors"
-ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_GLIMPSE)
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, GLIMPSE_WEIGHTS)
 ADAPTED = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 COPIED = ("config.json", "generation_config.json", *LICENCE_FILES)
 # Settings whose effect is more than a sum of products per layer, with the value that is supported.
@@ -131,7 +131,7 @@ def read_glimpse(adapter: Path, shards: Sequence[Shard]) -> dict[str, torch.Tens
     Raises:
         ConversionError: when they are not those of the base's glimpse.
     """
-    path = adapter / ADAPTER_GLIMPSE
+    path = adapter / GLIMPSE_WEIGHTS
     headers = {name: each for shard in shards for name, each in shard.tensors.items()}
     held = {name: each["shape"] for name, each in headers.items() if is_glimpse(name)}
     if not path.exists():

@@ -11,6 +11,7 @@ from stage2_data import PROMPTS, compare_with_generation, history, share
 from torch.distributions import Bernoulli
 
 from glimpseprune.cli import main
+from glimpseprune.hub.shards import GLIMPSE_WEIGHTS
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.merging import merge_stage2
 from glimpseprune.training.sampled_masks import (
@@ -24,7 +25,6 @@ from glimpseprune.training.stage2 import train_stage2
 SETTINGS = SimpleNamespace(
     prune_threshold=0.2, max_keep_ratio=None, min_keep_tokens=0, anchor_corners=[]
 )
-GLIMPSE = "glimpse.safetensors"
 
 
 def record_of(*importance: float, height: int = 1) -> SimpleNamespace:
@@ -123,7 +123,7 @@ def test_the_glimpse_learns_to_keep_what_is_rewarded(make_stage2_recipe, glimpsi
     shares = [entry["retention"] for entry in history(recipe)]
     assert sum(shares[-3:]) < 0.7 * sum(shares[:3])
     assert all("mask_log_prob" in entry for entry in history(recipe))
-    learned = load_file(Path(recipe.output) / GLIMPSE)
+    learned = load_file(Path(recipe.output) / GLIMPSE_WEIGHTS)
     merge_stage2(recipe.output, None, tmp_path / "merged")
     before, after = (
         load_for_training(str(folder))[0].model.glimpse.state_dict()
@@ -138,7 +138,7 @@ def test_the_glimpse_has_a_learning_rate_of_its_own(make_stage2_recipe, glimpsin
     settings = {"training.max_steps": 2, "training.glimpse_learning_rate": 0.0}
     recipe = make_stage2_recipe(mask="sampled", rewards={"retention": 1.0}, **settings)
     train_stage2(recipe)
-    learned = load_file(Path(recipe.output) / GLIMPSE)
+    learned = load_file(Path(recipe.output) / GLIMPSE_WEIGHTS)
     before = load_for_training(str(glimpsing))[0].model.glimpse.state_dict()
     assert all(torch.equal(learned[name], before[name]) for name in learned)
     adapter = load_file(Path(recipe.output) / "adapter_model.safetensors")
@@ -148,13 +148,13 @@ def test_the_glimpse_has_a_learning_rate_of_its_own(make_stage2_recipe, glimpsin
 def test_other_masks_leave_the_glimpse_alone(make_stage2_recipe):
     recipe = make_stage2_recipe(**{"training.max_steps": 1})
     train_stage2(recipe)
-    assert not (Path(recipe.output) / GLIMPSE).exists()
+    assert not (Path(recipe.output) / GLIMPSE_WEIGHTS).exists()
 
 
 def test_a_glimpse_that_does_not_fit_is_not_merged(make_stage2_recipe, tmp_path, capsys):
     recipe = make_stage2_recipe(mask="sampled", **{"training.max_steps": 1})
     train_stage2(recipe)
-    path = Path(recipe.output) / GLIMPSE
+    path = Path(recipe.output) / GLIMPSE_WEIGHTS
     weights = load_file(path)
     weights.pop(sorted(weights)[0])
     save_file(weights, path)

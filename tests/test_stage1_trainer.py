@@ -21,10 +21,11 @@ from transformers import (
 
 from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5
 from glimpseprune.hub.folders import vacant_sibling
+from glimpseprune.hub.shards import GLIMPSE_WEIGHTS
 from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
 from glimpseprune.training.base import load_for_training, start_glimpse_as
-from glimpseprune.training.checkpoints import GLIMPSE_WEIGHTS, last_checkpoint
+from glimpseprune.training.checkpoints import last_checkpoint
 from glimpseprune.training.recipe import parse_override, read_recipe
 from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Config, Stage1Recipe

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -294,6 +295,18 @@ def test_bad_recipes_end_in_a_sentence(make_stage2_recipe, capsys, overrides, me
     assert message in said and "Traceback" not in said
 
 
+@contextmanager
+def trained_in_parts(make_stage2_recipe, mask):
+    """A recipe to be trained with an interruption; then its weights are those of one without."""
+    with something_to_learn(mask) as settings:
+        settings["training.max_steps"] = 6
+        whole, parts = (make_stage2_recipe(name, **settings) for name in ("whole", "parts"))
+        train_stage2(whole)
+        yield parts
+    expected, found = learned(whole), learned(parts)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["model", "sampled"])
 def test_resumed_training_equals_uninterrupted_training(make_stage2_recipe, monkeypatch, mask):
@@ -305,13 +318,7 @@ def test_resumed_training_equals_uninterrupted_training(make_stage2_recipe, monk
             raise KeyboardInterrupt
         return original(self, *args)
 
-    with something_to_learn(mask) as settings:
-        settings["training.max_steps"] = 6
-        whole, parts = (
-            make_stage2_recipe("whole", **settings),
-            make_stage2_recipe("parts", **settings),
-        )
-        train_stage2(whole)
+    with trained_in_parts(make_stage2_recipe, mask) as parts:
         monkeypatch.setattr(Stage2Trainer, "_compute_loss", stopping)
         with pytest.raises(KeyboardInterrupt):
             train_stage2(parts)
@@ -319,8 +326,6 @@ def test_resumed_training_equals_uninterrupted_training(make_stage2_recipe, monk
         with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
             train_stage2(parts)
         train_stage2(parts, resume=True)
-    expected, found = learned(whole), learned(parts)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("into", ["repository", pytest.param("stock", marks=pytest.mark.slow)])
@@ -409,13 +414,7 @@ def test_recipes_can_be_read(name, tmp_path):
 def test_a_killed_run_resumes_to_the_same_weights(make_stage2_recipe, tmp_path, mask):
     path = tmp_path / "parts.yaml"
     command = [sys.executable, "-m", "glimpseprune.cli", "train-stage2", "--recipe", str(path)]
-    with something_to_learn(mask) as settings:
-        settings["training.max_steps"] = 6
-        whole, parts = (
-            make_stage2_recipe("whole", **settings),
-            make_stage2_recipe("parts", **settings),
-        )
-        train_stage2(whole)
+    with trained_in_parts(make_stage2_recipe, mask) as parts:
         path.write_text(yaml.safe_dump(parts.to_dict()))
         process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
         checkpoint = parts.checkpoint_folder / "checkpoint-4" / "trainer_state.json"
@@ -424,8 +423,6 @@ def test_a_killed_run_resumes_to_the_same_weights(make_stage2_recipe, tmp_path, 
         process.kill()
         assert process.wait() == -9 and not Path(parts.output).exists()
         subprocess.run([*command, "--resume"], cwd=REPOSITORY, check=True, capture_output=True)
-    expected, found = learned(whole), learned(parts)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow

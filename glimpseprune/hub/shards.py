@@ -22,6 +22,7 @@ ALIGNMENT = 8
 COPY_BYTES = 16 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GLIMPSE_WEIGHTS = "glimpse.safetensors"  # of a run: the glimpse alone, under its own names
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,

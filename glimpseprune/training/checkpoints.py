@@ -9,9 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from conversion.merge_adapter import ADAPTER_GLIMPSE as GLIMPSE_WEIGHTS
-
 from ..hub.folders import check_vacant
+from ..hub.shards import GLIMPSE_WEIGHTS
 from .recipe import TrainingRecipe
 
 logger = logging.getLogger(__name__)

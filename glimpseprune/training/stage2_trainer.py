@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -28,25 +29,27 @@ class NonFiniteLoss(ValueError):
     """Training cannot go on; the message says where it stopped."""
 
 
-class EpochSampler(RepeatSampler):
+class EpochSampler(Sampler):
     """trl's sampler with an order that depends on seed and epoch alone.
 
     trl's own draws each epoch's order from where the last one left its generator, so a run resumed
     in a later epoch would start over with the first order.
 
     Args:
+        sampler: trl's.
         epoch: tells the number of the epoch that begins.
-        kwargs: as `RepeatSampler` takes them.
     """
 
-    def __init__(self, epoch: Callable[[], int], **kwargs):
-        super().__init__(**kwargs)
-        self.epoch = epoch
+    def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]):
+        self.sampler, self.epoch = sampler, epoch
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class Stage2Trainer(GRPOTrainer):
@@ -117,15 +120,8 @@ class Stage2Trainer(GRPOTrainer):
             self._glimpse_model.model.glimpse.requires_grad_(True)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        return EpochSampler(
-            lambda: int(self.state.epoch or 0),
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(sampler, lambda: int(self.state.epoch or 0))
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         """As trl, with each row's prompt beside its tensors."""

@@ -72,9 +72,11 @@ def verify(folder: Path, source: Source, base: Path) -> None:
     Raises:
         ConversionError: when one cannot be loaded, or they differ.
     """
+    folder, base = folder.absolute(), base.absolute()  # the other processes run elsewhere
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        task = {"role": "source", "folder": str(source.folder), "processor": str(folder)}
+        original = str(source.folder.absolute())
+        task = {"role": "source", "folder": original, "processor": str(folder)}
         if source.weights is not None:
             save_file(dict(source.weights), place / "glimpse.safetensors")
             task |= {"weights": str(place / "glimpse.safetensors"), "fields": dict(source.fields)}

@@ -7,6 +7,7 @@ ones: flat configuration, old tensor names, byte-level tokenizer, pickle of adde
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from conversion import repository
 from conversion.convert_official import convert, convert_config, main
 from glimpseprune.hub.shards import ConversionError
+from glimpseprune.loading import TINY_MODEL
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )
@@ -371,6 +373,15 @@ def run_outside(*arguments: object, **environment: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
     )
+
+
+def test_sources_may_be_relative_paths(tmp_path):
+    shutil.copytree(TINY_MODEL, tmp_path / "tiny")
+    script = SCRIPT.with_name("convert_stage2.py")
+    arguments = script, "--merged", "tiny", "--stage1", "tiny", "--output", "out"
+    converted = run_outside(*arguments, HF_HOME=str(tmp_path))
+    assert converted.returncode == 0, converted.stderr
+    assert converted.stdout == "wrote out, verified\n"
 
 
 def test_repository_loads_where_the_code_is_unknown(tmp_path, official):

@@ -31,6 +31,7 @@ from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage1_losses import mask_figures
 from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.stock import cache_of
 
 RECIPE = REPOSITORY / "recipes" / "stage1_tiny.yaml"
 OBJECTIVES = {
@@ -214,7 +215,7 @@ def measure(
         )
         if options.get("prune") is False:
             continue
-        record = generated.past_key_values.glimpse
+        record = cache_of(generated).glimpse
         figures = mask_figures(record.keep_mask, batch["evidence_mask"], record.rows, len(chunk))
         for name in ("retention", "recall", "iou"):
             sums[name] = sums.get(name, 0.0) + figures[name].sum().item()

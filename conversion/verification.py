@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError, read_json
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 AUTO_MODEL = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
 QUESTION = "What is written here?"
 HEIGHT, WIDTH = 112, 168

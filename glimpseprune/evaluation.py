@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
+from modeling_glimpseprune.stock import TRANSFORMERS_5, cache_of
 
 from .baselines.method import Method, PreparedBatch
 from .baselines.model_sizes import ModelSizes
-from .data.visual_cot_collator import TRANSFORMERS_5
 from .loading import prepare
 from .metrics import exact_match
 from .sample import Sample
@@ -152,9 +152,7 @@ def answer_batch(
         )
         completions = generated.sequences[:, shown.inputs["input_ids"].shape[1] :].tolist()
         seconds = encoding + time.perf_counter() - start
-    by_layer = application.tokens_by_layer(
-        generated.past_key_values, shown.visual_counts, sizes
-    ).tolist()
+    by_layer = application.tokens_by_layer(cache_of(generated), shown.visual_counts, sizes).tolist()
     texts = processor.batch_decode(completions, skip_special_tokens=True)
     lengths = shown.inputs["attention_mask"].sum(1).tolist()
     answers = [

@@ -6,6 +6,8 @@ import torch
 import transformers
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from modeling_glimpseprune.stock import TRANSFORMERS_5
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY_MODEL = REPOSITORY / "hub_configs" / "tiny"
 SAMPLE_PAGE = TINY_MODEL / "page.png"
@@ -27,8 +29,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
-    transformers_5 = int(transformers.__version__.split(".")[0]) >= 5
-    name = "AutoModelForImageTextToText" if transformers_5 else "AutoModelForVision2Seq"
+    name = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
     model_class = getattr(transformers, name)
     model = model_class.from_pretrained(str(path), trust_remote_code=True, dtype=dtype)
     processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)

@@ -23,6 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .stock import save_under_own_names
+
 GLIMPSE_PREFIX = "model.glimpse."
 GLIMPSE_SHARD = "model-glimpse.safetensors"
 SINGLE_FILE = "model.safetensors"
@@ -81,7 +83,7 @@ def own_weights(model: PreTrainedModel, repository: str | os.PathLike | None) ->
     origin = {name: base.get(name) for name in ("repository", "revision")}
     model.config.glimpse_base = origin if origin["repository"] else None
     model.config.name_or_path = model.name_or_path = str(repository)
-    model._weight_conversions = None  # with these, transformers 5 saves under the base's names
+    save_under_own_names(model)
 
 
 def _read_base(repository: str | os.PathLike | None, arguments: dict) -> dict:

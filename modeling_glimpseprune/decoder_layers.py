@@ -11,6 +11,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .stock import given_cache
+
 Rotary = tuple[torch.Tensor, torch.Tensor]
 MLP_CHUNK = 2048  # tokens
 
@@ -28,9 +30,9 @@ def run_layer(
         output = layer(
             states,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
             position_embeddings=rotary,
+            **given_cache(cache),
         )
         return output[0] if isinstance(output, tuple) else output
 
@@ -70,9 +72,9 @@ def run_attention_with_weights(
     attended = layer.self_attn(
         hidden_states=layer.input_layernorm(states.to(device)),
         attention_mask=None if mask is None else mask.to(device),
-        past_key_values=cache,
         use_cache=True,
         position_embeddings=tuple(part.to(device) for part in rotary),
+        **given_cache(cache),
     )
     return states.to(attended[0].device) + attended[0], attended[1]
 

@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .pruned_cache import PrunedLayer, pruned_layer
-from .pruned_forward import TRANSFORMERS_5
+from .stock import tokens_behind
 
 
 def past_length(cache: Cache | None) -> int:
@@ -67,8 +67,7 @@ def later_positions(
 def first_positions(cache: Cache, attention_mask: torch.Tensor | None) -> torch.Tensor | int:
     """Rotary position of the first token behind a cache, `(batch, 1)` or one for all rows.
 
-    A pruned cache carries its own. One with visuals that were not pruned carries `rope_deltas`,
-    which transformers 5 counts from a row's tokens and transformers 4 from its padded length.
+    A pruned cache carries its own. One with visuals that were not pruned carries `rope_deltas`.
 
     Args:
         attention_mask: `(batch, past and new tokens)`.
@@ -84,4 +83,4 @@ def first_positions(cache: Cache, attention_mask: torch.Tensor | None) -> torch.
     rope_deltas = getattr(cache, "rope_deltas", None)
     if rope_deltas is None:
         return tokens
-    return (tokens if TRANSFORMERS_5 else past) + rope_deltas
+    return tokens_behind(past, tokens) + rope_deltas

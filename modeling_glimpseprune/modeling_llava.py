@@ -25,10 +25,11 @@ from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .pruned_cache import slot_mask  # noqa: F401
-from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
+from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningGenerationMixin, PruningModelMixin
 from .selection import corner_tokens  # noqa: F401
+from .stock import clip_transformer
 from .token_block import TokenBlock  # noqa: F401
 from .visual_tokens import VisualFeatures, token_geometry, whole_images
 
@@ -77,7 +78,7 @@ class ClipBackboneMixin(PruningModelMixin):
 
     def tapped_modules(self) -> list[nn.Module]:
         """The modules that return the hidden states `vision_layers`."""
-        tower = self.vision_tower if TRANSFORMERS_5 else self.vision_tower.vision_model
+        tower = clip_transformer(self.vision_tower)
         modules = [tower.pre_layrnorm, *tower.encoder.layers]
         return [modules[layer] for layer in self.config.vision_layers]
 
@@ -134,6 +135,7 @@ class GlimpsePruneLlavaModel(ClipBackboneMixin, LlavaModel):
         "image": ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     }
 
+    forward = show_pruning_arguments(LlavaModel.forward)(PruningModelMixin.forward)
     get_image_features = show_arguments(LlavaModel.get_image_features)(
         PruningModelMixin.get_image_features
     )

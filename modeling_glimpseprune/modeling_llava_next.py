@@ -25,6 +25,7 @@ from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningModelMixin
 from .selection import select_visual_tokens  # noqa: F401
+from .stock import given_cache  # noqa: F401
 from .token_block import TokenBlock  # noqa: F401
 from .visual_tokens import VisualFeatures, token_geometry
 
@@ -58,6 +59,7 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
         )
     }
 
+    forward = show_pruning_arguments(LlavaNextModel.forward)(PruningModelMixin.forward)
     get_image_features = show_arguments(LlavaNextModel.get_image_features)(
         PruningModelMixin.get_image_features
     )

@@ -24,10 +24,11 @@ from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import first_positions, past_length
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
-from .pruned_forward import TRANSFORMERS_5, PrunedForwardMixin
+from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_model import PruningGenerationMixin, PruningModelMixin
 from .selection import select_visual_tokens  # noqa: F401
+from .stock import cache_of, in_stock_form, token_types
 from .token_block import TokenBlock  # noqa: F401
 from .visual_tokens import VisualFeatures, token_geometry, whole_images
 
@@ -81,6 +82,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         """Averages over the patches of each token: `(N * patches, width)` to `(N, width)`."""
         return output.unflatten(0, (-1, self.visual.spatial_merge_size**2)).mean(dim=1)
 
+    forward = show_pruning_arguments(Qwen2_5_VLModel.forward)(PruningModelMixin.forward)
     get_image_features = show_arguments(Qwen2_5_VLModel.get_image_features)(
         PruningModelMixin.get_image_features
     )
@@ -89,7 +91,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         """As `get_image_features`, for videos."""
         inputs = {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
-        return self.as_stock(self.encode_visual("video", **inputs, **kwargs))
+        return in_stock_form(self.encode_visual("video", **inputs, **kwargs))
 
     def visual_sizes(self, kind: str, **inputs) -> list[int]:
         merged = self.visual.spatial_merge_size**2
@@ -115,16 +117,14 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
             first = torch.stack([each[0, 3:] for each in features.deepstack_features[-2]])
             merge = self.visual.spatial_merge_size
             arguments[f"{kind}_grid_thw"] = first * first.new_tensor([1, merge, merge])
-        if TRANSFORMERS_5:
-            image, video = (input_ids == token for token in self.visual_token_ids.tolist())
-            arguments["mm_token_type_ids"] = image.int() + 2 * video.int()
+        arguments |= token_types(*(input_ids == token for token in self.visual_token_ids.tolist()))
         arguments["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
         positions, _ = self.get_rope_index(input_ids, **arguments)
         return positions + first_positions(cache, attention_mask)
 
     def note_positions(self, outputs) -> None:
-        if outputs.past_key_values is not None:
-            outputs.past_key_values.rope_deltas = self.rope_deltas
+        if (cache := cache_of(outputs)) is not None:
+            cache.rope_deltas = self.rope_deltas
 
     def describe_visuals(
         self,

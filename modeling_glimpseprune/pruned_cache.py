@@ -8,11 +8,9 @@ sliding-window layer does.
 """
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer
 
-# transformers 5 has quantized layers of more than one kind.
-QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+from .stock import QUANTIZED_LAYER, number_of_tokens
 
 
 class PrunedLayer(DynamicLayer):
@@ -57,10 +55,9 @@ class PrunedLayer(DynamicLayer):
         """`(physical length with the new tokens, offset of the first slot)`.
 
         Args:
-            query: number of new tokens (transformers 5), or their positions (transformers 4).
+            query: the new tokens, see `number_of_tokens`.
         """
-        query_length = query if isinstance(query, int) else query.shape[0]
-        return self.physical_length + query_length, self.dropped
+        return self.physical_length + number_of_tokens(query), self.dropped
 
     def crop(self, length: int) -> None:
         """Remove tokens from the end.

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import transformers
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .decoder_layers import (
@@ -29,6 +27,7 @@ from .glimpse_record import GlimpseRecord
 from .layer_outputs import LayerOutputs, spread
 from .pruned_cache import adopt_layers, pruned_layer, slot_columns, slot_mask
 from .selection import corner_tokens, select_visual_tokens
+from .stock import causal_mask, given_cache, outputs_with_cache, refuse_unknown_tensors, take_cache
 from .token_block import TokenBlock
 from .visual_tokens import VisualTokens
 
@@ -36,7 +35,6 @@ UNTRAINED = (
     "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens to "
     "prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use prune=False"
 )
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SOFT_ATTENTIONS = ("eager", "sdpa")
 
 
@@ -91,7 +89,7 @@ class PrunedForwardMixin:
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prune_request: PruneRequest | None = None,
@@ -102,8 +100,10 @@ class PrunedForwardMixin:
         Raises:
             ValueError: for what cannot be combined with pruning.
         """
+        cache = take_cache(kwargs, cache)
         if prune_request is not None:
             self._check_prunable(attention_mask, prune_request)
+            refuse_unknown_tensors(kwargs)
             outputs = LayerOutputs(
                 len(self.layers),
                 self._wants("output_hidden_states", kwargs),
@@ -113,12 +113,12 @@ class PrunedForwardMixin:
                 inputs_embeds,
                 attention_mask,
                 position_ids,
-                past_key_values,
+                cache,
                 self.config.use_cache if use_cache is None else use_cache,
                 prune_request,
                 outputs,
             )
-        layer = pruned_layer(past_key_values)
+        layer = pruned_layer(cache)
         if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
@@ -126,9 +126,9 @@ class PrunedForwardMixin:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **given_cache(cache),
             **kwargs,
         )
         if layer is not None and outputs.attentions is not None:
@@ -201,9 +201,9 @@ class PrunedForwardMixin:
             states.append(self._run_block(rest, *arguments, request, outputs, prefill.log_keep))
         last_hidden_state = torch.cat(states, dim=1)
         finished = not request.only_glimpse
-        return BaseModelOutputWithPast(
-            last_hidden_state=last_hidden_state,
-            past_key_values=cache if use_cache and request.visual_log_keep is None else None,
+        return outputs_with_cache(
+            last_hidden_state,
+            cache if use_cache and request.visual_log_keep is None else None,
             hidden_states=outputs.hidden_states(last_hidden_state) if finished else None,
             attentions=outputs.attentions() if finished else None,
         )
@@ -530,21 +530,8 @@ class PrunedForwardMixin:
         mask = block.mask
         if mask is not None:
             mask = torch.cat([mask.new_zeros(len(mask), block.past_dropped), mask], dim=1)
-        arguments = {
-            "config": self.config,
-            "attention_mask": mask,
-            "past_key_values": remaining,
-        }
-        states = block.hidden_states
-        if TRANSFORMERS_5:
-            causal_mask = create_causal_mask(inputs_embeds=states, **arguments)
-        else:
-            start = block.past_slots + block.past_dropped
-            positions = torch.arange(start, start + states.shape[1], device=states.device)
-            causal_mask = create_causal_mask(
-                input_embeds=states, cache_position=positions, **arguments
-            )
-        return causal_mask, rotary
+        start = block.past_slots + block.past_dropped
+        return causal_mask(self.config, block.hidden_states, mask, remaining, start), rotary
 
 
 def _is_2d(attention_mask: object) -> bool:

@@ -70,15 +70,25 @@ def show_pruning_arguments(stock: Callable) -> Callable:
 
 
 def show_arguments(stock: Callable, *more: inspect.Parameter) -> Callable:
-    """Decorate a method so that its signature shows the stock method's arguments, and `more`."""
+    """Decorate a method so that it is called as the stock method is, with `more` behind.
+
+    Its signature shows the stock method's arguments. Those that come by position are handed on by
+    the stock method's names.
+    """
     parameters = list(inspect.signature(stock).parameters.values())
     takes_any = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     rest = [parameters.pop()] if takes_any else []
+    names = tuple(parameter.name for parameter in parameters[1:])
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)
         def shown(self, *args, **kwargs):
-            return method(self, *args, **kwargs)
+            if len(args) > len(names):
+                raise TypeError(f"{method.__name__} takes {len(names)} arguments, got {len(args)}")
+            given = dict(zip(names, args, strict=False))
+            if twice := given.keys() & kwargs.keys():
+                raise TypeError(f"{method.__name__} got multiple values for {sorted(twice)}")
+            return method(self, **given, **kwargs)
 
         shown.__signature__ = inspect.Signature([*parameters, *more, *rest])
         return shown

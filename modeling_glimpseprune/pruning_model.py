@@ -1,5 +1,6 @@
 """What every GlimpsePrune family shares outside its text model."""
 
+from functools import wraps
 from itertools import compress
 
 import torch
@@ -15,8 +16,18 @@ from .glimpse_record import GlimpseRecord
 from .importance_predictor import RMSNorm
 from .later_turns import later_positions, new_visuals, past_length
 from .pruned_cache import pruned_layer
-from .pruned_forward import TRANSFORMERS_5, UNTRAINED, PruneRequest
+from .pruned_forward import UNTRAINED, PruneRequest
 from .pruning_arguments import PruningArguments
+from .stock import (
+    CACHE_NAME,
+    cache_of,
+    counts_positions,
+    embeddings_of,
+    given_cache,
+    in_stock_form,
+    take_cache,
+    warn_if_untested,
+)
 from .visual_tokens import VisualFeatures, collect_visual_tokens, tap_outputs
 
 
@@ -34,6 +45,7 @@ class GlimpseWeightsMixin:
         Weights that a checkpoint lacks make the glimpse untrained. transformers 4 fills missing
         weights in before it reads the others, `trained` among them.
         """
+        warn_if_untested()
         with located_weights(pretrained_model_name_or_path, kwargs) as (source, arguments):
             loaded = super().from_pretrained(source, *args, **arguments)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -109,27 +121,20 @@ class PruningModelMixin(GlimpseWeightsMixin):
         encode = getattr(super(), f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
             outputs = encode(**inputs)
-        embeddings = outputs.pooler_output if TRANSFORMERS_5 else outputs
         pixels, *others = self.visual_inputs[kind]
         others = {name: inputs[name] for name in others if inputs.get(name) is not None}
-        return self.describe_visuals(list(embeddings), taps, **others)
+        return self.describe_visuals(embeddings_of(outputs), taps, **others)
 
-    def get_image_features(self, pixel_values: torch.Tensor, *args, **kwargs):
+    def get_image_features(self, **inputs):
         """The stock features; on transformers 5 with what the predictor needs beside them."""
-        pixels, *others = self.visual_inputs["image"]
-        inputs = {pixels: pixel_values} | dict(zip(others, args, strict=False))
-        return self.as_stock(self.encode_visual("image", **inputs, **kwargs))
-
-    def as_stock(self, features: VisualFeatures):
-        """Encoded visuals in the form in which the stock methods return them."""
-        return features if TRANSFORMERS_5 else features.pooler_output
+        return in_stock_form(self.encode_visual("image", **inputs))
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         *,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, VisualFeatures] | None = None,
         **kwargs,
@@ -140,6 +145,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
             mm_encoder_outputs: encoded visuals by kind, in place of their pixels.
             kwargs: other arguments of the stock forward, and those of `PruningArguments`.
         """
+        cache = take_cache(kwargs, cache)
         arguments = PruningArguments.take_from(kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -150,11 +156,11 @@ class PruningModelMixin(GlimpseWeightsMixin):
         if encoded and arguments.prune is not False:
             request = self._prune_request(encoded, masks, arguments)
         has_visuals = bool(encoded)
-        if has_visuals and past_length(past_key_values):
+        if has_visuals and past_length(cache):
             position_ids = self.turn_positions(
-                input_ids, position_ids, inputs_embeds, past_key_values, encoded, kwargs
+                input_ids, position_ids, inputs_embeds, cache, encoded, kwargs
             )
-        elif (pruned := pruned_layer(past_key_values)) is not None:
+        elif (pruned := pruned_layer(cache)) is not None:
             position_ids = later_positions(pruned, inputs_embeds, kwargs.get("attention_mask"))
         elif request is not None and position_ids is None and not self.positions_from_ids:
             position_ids = prompt_positions(kwargs.get("attention_mask"))
@@ -162,9 +168,9 @@ class PruningModelMixin(GlimpseWeightsMixin):
         outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             prune_request=request,
+            **given_cache(cache),
             **kwargs,
         )
         if has_visuals and request is None:
@@ -353,7 +359,8 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        *args,
+        *,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         prompt_length: int | None = None,
@@ -364,18 +371,26 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         Hidden states and logits come back in the prompt's full length, with zeros at dropped
         tokens; with `logits_to_keep=1`, as in `generate`, nothing is laid out again.
         """
+        cache = take_cache(kwargs, cache)
         if prompt_length is None:
             prompt_length = completion_start(labels, logits_to_keep, input_ids)
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         return super().forward(
-            input_ids,
-            *args,
+            input_ids=input_ids,
             labels=labels,
             logits_to_keep=logits_to_keep,
             prompt_length=prompt_length,
             compact_output=last_only,
+            **given_cache(cache),
             **kwargs,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        """The stock method with the arguments of `PruningArguments`."""
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs |= given_cache(cache)
+        return super().generate(*args, **kwargs)
 
     @torch.no_grad()
     def glimpse(self: PreTrainedModel, **inputs) -> GlimpseRecord:
@@ -393,16 +408,17 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         if inputs.get("visual_keep_mask") is None and not self.model.glimpse.trained:
             raise ValueError(UNTRAINED)
         outputs = self.model(**inputs, prune=True, only_glimpse=True, use_cache=True)
-        if not hasattr(outputs.past_key_values, "glimpse"):
+        cache = cache_of(outputs)
+        if not hasattr(cache, "glimpse"):
             raise ValueError("this prompt has no image or video to glimpse at")
-        return outputs.past_key_values.glimpse
+        return cache.glimpse
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Leave out images and videos that a kept cache has seen already."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(
             inputs, bos_token_id, model_kwargs
         )
-        past = past_length(model_kwargs.get("past_key_values"))
+        past = past_length(model_kwargs.get(CACHE_NAME))
         if past and name == "input_ids":
             model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
         return inputs, name, model_kwargs
@@ -412,21 +428,23 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
 
         The stock method would look for the conversation's first visuals.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if pruned_layer(cache) is not None or (past_length(cache) and self._visuals(model_kwargs)):
             return GenerationMixin._prepare_position_ids_for_generation(
                 self, inputs_tensor, model_kwargs
             )
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs
-    ):
-        """As the stock method, and on transformers 4 with the visuals that a later turn brings."""
-        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        past = past_length(past_key_values)
-        if TRANSFORMERS_5 or not past or kwargs.get("position_ids") is not None:
-            return super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+        """As the stock method, with the visuals that a later turn brings where it forgets them."""
+        kwargs["inputs_embeds"] = inputs_embeds
+        cache = kwargs.get(CACHE_NAME)
+        past = past_length(cache)
+        positions_known = (
+            counts_positions(GenerationMixin) or kwargs.get("position_ids") is not None
+        )
+        if positions_known or not past:
+            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         new_ids = input_ids[:, past:]
         brought = [
             name
@@ -436,10 +454,10 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
             for name in names
         ]
         attention_mask = kwargs.get("attention_mask")
-        counts_on = brought or pruned_layer(past_key_values) is not None
+        counts_on = brought or pruned_layer(cache) is not None
         if counts_on and attention_mask is not None:
             kwargs["position_ids"] = attention_mask.long().cumsum(-1) - 1  # the backbone counts on
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return model_inputs | {name: kwargs.get(name) for name in brought}
 
     def _visuals(self, inputs: dict) -> bool:
@@ -504,7 +522,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         """
         embeddings = inputs.get("inputs_embeds")
         if embeddings is None or input_ids.shape[1] > 0:
-            return input_ids[:, past_length(inputs.get("past_key_values")) :]
+            return input_ids[:, past_length(inputs.get(CACHE_NAME)) :]
         token_ids = self.model.visual_token_ids.to(embeddings.device)
         new_ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
         for token_id, vector in zip(token_ids, self.get_input_embeddings()(token_ids), strict=True):

@@ -22,6 +22,7 @@ from benchmarks.efficiency.measurement import (
 )
 from benchmarks.efficiency.workload import Pair, Prompt, build_config, build_pair, build_prompt
 from modeling_glimpseprune import decoder_layers
+from modeling_glimpseprune.stock import cache_of, given_cache
 
 PROFILED = 8  # operations listed
 
@@ -143,7 +144,7 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         )
     ratios["peak memory"] = peaks["pruned"] / peaks["stock"]
     ratios["peak memory, MLPs whole"] = peaks["pruned, MLPs whole"] / peaks["stock"]
-    caches = {name: runs[name](1).past_key_values for name in ("stock", "pruned")}
+    caches = {name: cache_of(runs[name](1)) for name in ("stock", "pruned")}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
     flops = {
         name: flops_by_stage(_bound(runs[name], 1), point.glimpse_layer)
@@ -231,8 +232,8 @@ def _generate(model, prompt: Prompt, tokens: int, **settings):
 def _decoding(pair: Pair, prompt: Prompt, settings: dict) -> Callable:
     """One step over a cache that grows by a token a call."""
     output = _generate(pair.pruned, prompt, 1, **settings)
-    cache, token = output.past_key_values, output.sequences[:, -1:]
-    return lambda: pair.pruned(input_ids=token, past_key_values=cache, use_cache=True)
+    cache, token = cache_of(output), output.sequences[:, -1:]
+    return lambda: pair.pruned(input_ids=token, use_cache=True, **given_cache(cache))
 
 
 def _clocked(

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import transformers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 from conversion.hub_configs import HUB_CONFIGS
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import read_json
 from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SCALED = "scaled"
 REAL = ("qwen2_5_vl_3b", "qwen2_5_vl_7b", "llava_1_5_7b")
 # Qwen2.5-VL-7B with every width divided by about seven and half its layers (K = 9 of 14 for 18 of

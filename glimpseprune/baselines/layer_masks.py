@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from modeling_glimpseprune.decoder_layers import query_logits
 from modeling_glimpseprune.pruned_forward import PruneRequest
+from modeling_glimpseprune.stock import CACHE_NAME
 from modeling_glimpseprune.visual_tokens import VisualTokens
 
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -109,7 +110,7 @@ def masked_layers(model: PreTrainedModel, masks: LayerMasks) -> Iterator[None]:
     def hook(attention: nn.Module, args: tuple, kwargs: dict):
         index = attention.layer_idx
         queries = kwargs["hidden_states"].shape[1]
-        keys = kwargs["past_key_values"].get_seq_length(index) + queries
+        keys = kwargs[CACHE_NAME].get_seq_length(index) + queries
         mask = masks.restrict(index, kwargs["attention_mask"], queries, keys)
         return args, kwargs | {"attention_mask": mask}
 
@@ -162,7 +163,7 @@ def last_token_read(
 
 
 def _last_token_attention(layer: nn.Module, states: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    keys = kwargs["past_key_values"].layers[layer.self_attn.layer_idx].keys
+    keys = kwargs[CACHE_NAME].layers[layer.self_attn.layer_idx].keys
     rotary = [part[0] if part.ndim == 4 else part for part in kwargs["position_embeddings"]]
     logits = query_logits(layer, states[:, -1:], keys, tuple(part[:, -1:] for part in rotary))
     mask = kwargs["attention_mask"]

@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from modeling_glimpseprune.stock import cache_of
+
     from ..loading import SAMPLE_PAGE, TINY_MODEL, load_model, prepare
 
     image = open_image(arguments.image or SAMPLE_PAGE)
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         total = sum(model.model.visual_counts(**inputs))
         print(f"visual tokens: all {total} kept")
         return 0
-    record = generated.past_key_values.glimpse
+    record = cache_of(generated).glimpse
     print(f"visual tokens: kept {record.kept} of {record.total} ({record.retention:.1%})")
     box = processor.visible_box(image.width, image.height)
     if box != (0, 0, image.width, image.height):

@@ -46,11 +46,13 @@ def require_trl() -> None:
     try:
         import transformers
         from trl import GRPOConfig, GRPOTrainer  # noqa: F401
+
+        from modeling_glimpseprune.stock import TRANSFORMERS_5
     except ImportError as error:
         raise ValueError(
             f"stage 2 needs trl, which could not be imported ({error}): pip install -e '.[train]'"
         ) from None
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if not TRANSFORMERS_5:
         raise ValueError(
             f"stage 2 needs transformers 5, here is {transformers.__version__}: its adapters load "
             "on both"

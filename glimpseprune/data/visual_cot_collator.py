@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image, UnidentifiedImageError
 from transformers import ProcessorMixin, Qwen2_5_VLProcessor
 
 from modeling_glimpseprune.processing_glimpseprune import ImageLayout
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 from .visual_cot import VisualCoTRow, visible_evidence
 
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 IGNORED_LABEL = -100
 ROW_INPUTS = ("image_grid_thw",)  # inputs of an image that the language model wants for each row
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
+from modeling_glimpseprune.stock import cache_of
+
 from ..evaluation import retention_by_row
 
 
@@ -75,8 +77,8 @@ def generate_measured(
     start = inputs["input_ids"].shape[1]
     completions = generated.sequences[:, start:].tolist()
     retention = [1.0] * len(counts)
-    if hasattr(generated.past_key_values, "glimpse"):
-        retention = retention_by_row(generated.past_key_values.glimpse, counts)
+    if hasattr(cache := cache_of(generated), "glimpse"):
+        retention = retention_by_row(cache.glimpse, counts)
     ends = _as_set(model.generation_config.eos_token_id)
     costs = []
     for row, completion in enumerate(completions):

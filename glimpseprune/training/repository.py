@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import PreTrainedModel, ProcessorMixin
+
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 from ..hub.folders import vacant_sibling
 from ..portable import edit_json, make_processor_portable, portable_config, write_json
 
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 SUMMARY_FILE = "training_summary.json"

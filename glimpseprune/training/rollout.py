@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from modeling_glimpseprune.stock import cache_of, given_cache
 from modeling_glimpseprune.visual_tokens import VisualFeatures
 
 from ..data.visual_cot_collator import ROW_INPUTS
@@ -125,7 +126,7 @@ def sample_completions(
     one_token.return_dict_in_generate = one_token.output_scores = True
     every_prompt = list(range(len(prompts.image_index)))
     start = model.generate(**prompts.model_inputs(every_prompt), generation_config=one_token)
-    cache = start.past_key_values
+    cache = cache_of(start)
     prompts = prompts.with_masks(cache.glimpse.keep_mask)
     index = torch.tensor(copies, device=start.sequences.device)
     first = torch.multinomial(start.scores[0].float().softmax(-1)[index], num_samples=1)
@@ -138,7 +139,7 @@ def sample_completions(
     sequences = model.generate(
         input_ids=torch.cat([prompts.inputs["input_ids"][index], first], dim=1),
         attention_mask=torch.cat([prompt_mask, torch.ones_like(first)], dim=1),
-        past_key_values=cache,
+        **given_cache(cache),
         generation_config=rest,
     )
     return sequences[:, prompt_mask.shape[1] :], prompts
@@ -169,7 +170,7 @@ def completion_logits(
     different = sorted(set(rows))
     index = torch.tensor([different.index(row) for row in rows], device=completion_ids.device)
     inputs, cache = prompts.model_inputs(different), DynamicCache()
-    prefill = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    prefill = model(**inputs, **given_cache(cache), use_cache=True, logits_to_keep=1)
     first = prefill.logits[:, -1:][index]
     if completion_ids.shape[1] == 1:
         return first
@@ -179,7 +180,7 @@ def completion_logits(
         block = model(
             input_ids=completion_ids[:, :-1],
             attention_mask=mask,
-            past_key_values=cache,
+            **given_cache(cache),
             use_cache=True,
         )
     return torch.cat([first, block.logits], dim=1)

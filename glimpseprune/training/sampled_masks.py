@@ -16,6 +16,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 from modeling_glimpseprune.selection import corner_tokens, select_visual_tokens
+from modeling_glimpseprune.stock import given_cache
 
 from .rollout import SharedPrompts
 from .soft_mask import logistic_noise
@@ -40,7 +41,7 @@ def glimpse_at(model: nn.Module, prompts: SharedPrompts, chosen: list[int]) -> G
     """
     cache = DynamicCache()
     inputs = replace(prompts, keep_masks=None).model_inputs(chosen)
-    model(**inputs, only_glimpse=True, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**inputs, only_glimpse=True, **given_cache(cache), use_cache=True, logits_to_keep=1)
     return cache.glimpse
 
 

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, field, fields
 
 import torch
-import transformers
 from transformers import TrainingArguments
+
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 from .recipe import TrainingRecipe, check_known, refuse_sharded_weights
 
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 WEIGHTS = (
     "grounding_weight",
     "dice_weight",

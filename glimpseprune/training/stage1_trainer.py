@@ -24,6 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 from modeling_glimpseprune.selection import corner_tokens
+from modeling_glimpseprune.stock import given_cache
 from modeling_glimpseprune.visual_tokens import VisualFeatures
 
 from ..data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
@@ -123,7 +124,7 @@ class Stage1Trainer(Trainer):
             **inputs,
             in_place=True,
             only_glimpse=not with_answers,
-            past_key_values=cache,
+            **given_cache(cache),
             use_cache=True,
             logits_to_keep=completion + 1,
         )

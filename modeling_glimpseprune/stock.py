@@ -1,0 +1,192 @@
+"""Everything that is assumed of transformers, and where its releases differ.
+
+The only file that asks for a version or knows a name that a release changed. `tests/test_stock.py`
+holds each assumption against the installed release, so that the next change fails there first.
+
+| what | 4.57 | 5.8 to 5.23 | 5.24 |
+|---|---|---|---|
+| argument and output that carry the cache | `past_key_values` | `past_key_values` | `cache` |
+| who counts rotary positions of a generation | the backbone | `generate` | `generate` |
+| image features | a tensor an image | an output with `pooler_output` | the same |
+| CLIP's tower | inside `vision_model` | itself | itself |
+"""
+
+import inspect
+
+import torch
+import transformers
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = "5.24"
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+CACHE_NAMES = ("cache", "past_key_values")
+_SHOWN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = next(name for name in CACHE_NAMES if name in _SHOWN)
+
+# transformers 5 has quantized layers of more than one kind.
+QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+# Arguments of stock forwards that reach the text model and change nothing that a prefill computes.
+IDLE_ARGUMENTS = frozenset(
+    {
+        "cache_position",  # counted again from the cache
+        "mm_token_type_ids",  # the backbone reads placeholders from the ids
+        "num_items_in_batch",  # of the loss
+        "rope_deltas",
+        "token_type_ids",
+    }
+)
+
+
+def warn_if_untested() -> None:
+    """Say once that the installed transformers is newer than the newest that was tested."""
+    installed, tested = (_release(version) for version in (transformers.__version__, NEWEST_TESTED))
+    if installed > tested:
+        logger.warning_once(
+            f"GlimpsePrune was tested with transformers up to {NEWEST_TESTED}; installed is "
+            f"{transformers.__version__}, where names it relies on may have changed"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`5.24.0.dev0` to `(5, 24)`."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def take_cache(arguments: dict, cache: Cache | None = None) -> Cache | None:
+    """Remove the cache from a call's keyword arguments, under whichever name it came.
+
+    Args:
+        arguments: keyword arguments; they lose the cache.
+        cache: what came under the name `cache` where the call names that argument.
+
+    Raises:
+        ValueError: when two names carry one, or a cache came under a name nobody knows.
+    """
+    found = [] if cache is None else [cache]
+    found += [arguments.pop(name) for name in CACHE_NAMES if name in arguments]
+    found = [each for each in found if each is not None]
+    if len(found) > 1:
+        raise ValueError(
+            f"give one of {' and '.join(CACHE_NAMES)}, not both: they are one argument"
+        )
+    for name, value in arguments.items():
+        if isinstance(value, Cache):
+            raise ValueError(
+                f"a cache came as {name!r}, a name that this model does not know: it would be "
+                f"ignored (transformers {transformers.__version__}; tested up to {NEWEST_TESTED})"
+            )
+    return found[0] if found else None
+
+
+def given_cache(cache: Cache | None) -> dict:
+    """The keyword argument that hands a cache to a stock method."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(outputs) -> Cache | None:
+    """The cache that a model or `generate` returned."""
+    return getattr(outputs, CACHE_NAME, None)
+
+
+def outputs_with_cache(last_hidden_state: torch.Tensor, cache: Cache | None, **fields):
+    """What a stock text model returns."""
+    return BaseModelOutputWithPast(last_hidden_state, **given_cache(cache), **fields)
+
+
+def refuse_unknown_tensors(arguments: dict) -> None:
+    """Refuse tensors that a pruned prefill would ignore.
+
+    Args:
+        arguments: what is left of a text model's keyword arguments.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name not in IDLE_ARGUMENTS:
+            raise ValueError(
+                f"{name!r} is an argument that a prompt with pruning does not know, so it would be "
+                f"ignored (tested with transformers up to {NEWEST_TESTED}): leave it out, or use "
+                "prune=False"
+            )
+
+
+def causal_mask(
+    config: PretrainedConfig,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: DynamicCache,
+    start: int,
+) -> torch.Tensor | None:
+    """The mask of the installed attention implementation.
+
+    Args:
+        config: of the text model.
+        states: `(batch, tokens, hidden)`.
+        attention_mask: `(batch, slots)` bool, or None.
+        cache: whose first layer tells how much is held.
+        start: logical position of the first token.
+    """
+    arguments = {"config": config, "attention_mask": attention_mask, **given_cache(cache)}
+    if TRANSFORMERS_5:
+        return create_causal_mask(inputs_embeds=states, **arguments)
+    positions = torch.arange(start, start + states.shape[1], device=states.device)
+    return create_causal_mask(input_embeds=states, cache_position=positions, **arguments)
+
+
+def number_of_tokens(query: int | torch.Tensor) -> int:
+    """New tokens, as `get_mask_sizes` is told them: a number, or on transformers 4 positions."""
+    return query if isinstance(query, int) else query.shape[0]
+
+
+def embeddings_of(features) -> list[torch.Tensor]:
+    """One `(placeholders, hidden)` tensor an image, of what the stock encoder returns."""
+    return list(features.pooler_output if TRANSFORMERS_5 else features)
+
+
+def in_stock_form(features):
+    """Encoded visuals in the form in which the stock methods return them."""
+    return features if TRANSFORMERS_5 else features.pooler_output
+
+
+def clip_transformer(tower: nn.Module) -> nn.Module:
+    """The part of a CLIP tower that holds its embeddings' norm and its blocks."""
+    return tower if TRANSFORMERS_5 else tower.vision_model
+
+
+def token_types(image: torch.Tensor, video: torch.Tensor) -> dict:
+    """What `get_rope_index` of Qwen takes beside the ids to tell placeholders.
+
+    Args:
+        image, video: `(batch, length)` bool.
+    """
+    return {"mm_token_type_ids": image.int() + 2 * video.int()} if TRANSFORMERS_5 else {}
+
+
+def tokens_behind(past: int, real: torch.Tensor | int) -> torch.Tensor | int:
+    """What a stock `rope_deltas` is added to: a row's tokens, on transformers 4 its padded length.
+
+    Args:
+        past: tokens that the cache holds.
+        real: those of each row that are no padding, `(batch, 1)`.
+    """
+    return real if TRANSFORMERS_5 else past
+
+
+def counts_positions(model_class: type) -> bool:
+    """Whether `generate` counts rotary positions itself, and brings later turns' visuals along."""
+    return hasattr(model_class, "_prepare_position_ids_for_generation")
+
+
+def save_under_own_names(model: PreTrainedModel) -> None:
+    """Forget the base's names, under which transformers 5 would save what was loaded from them."""
+    model._weight_conversions = None

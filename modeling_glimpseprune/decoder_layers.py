@@ -108,15 +108,34 @@ def query_logits(
     Returns:
         `(batch, heads, slots)`.
     """
-    attention = layer.self_attn
-    device = device_of(layer.input_layernorm, states)
-    query = attention.q_proj(layer.input_layernorm(states.to(device)))
-    query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (batch, heads, 1, dim)
-    cosine, sine = (part.to(query.device) for part in rotary)
-    query, _ = apply_rotary_pos_emb(query, query, cosine, sine)
-    grouped = query.squeeze(2).unflatten(1, (keys.shape[1], -1))
+    states = states.to(device_of(layer.input_layernorm, states))
+    query = split_heads(layer, layer.self_attn.q_proj(layer.input_layernorm(states)))
+    return scaled_products(layer, turn(query, rotary), keys)
+
+
+def split_heads(layer: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+    """`(batch, tokens, heads * head_dim)` to `(batch, heads, tokens, head_dim)`."""
+    return projected.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
+
+
+def turn(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate `(batch, heads, tokens, head_dim)` by `(batch, tokens, head_dim)` angles."""
+    cosine, sine = (part.to(states.device) for part in rotary)
+    return apply_rotary_pos_emb(states, states, cosine, sine)[0]
+
+
+def scaled_products(layer: nn.Module, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Products of one query token with keys, `(batch, heads, slots)`.
+
+    The query is scaled first: products of large queries and keys leave float16's range.
+
+    Args:
+        query: `(batch, heads, 1, head_dim)`, rotated.
+        keys: `(batch, key_value_heads, slots, head_dim)`, rotated.
+    """
+    grouped = (query.squeeze(2) * layer.self_attn.scaling).unflatten(1, (keys.shape[1], -1))
     keys = keys.to(grouped.device)  # an offloaded cache holds them elsewhere
-    return (grouped @ keys.transpose(2, 3) * attention.scaling).flatten(1, 2)
+    return (grouped @ keys.transpose(2, 3)).flatten(1, 2)
 
 
 def device_of(module: nn.Module, states: torch.Tensor) -> torch.device:

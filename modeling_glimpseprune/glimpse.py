@@ -67,6 +67,7 @@ class Glimpse(nn.Module):
         self.token = None
         if config.num_glimpse_tokens:
             self.token = GlimpseToken(config, text_config.hidden_size, text_config.rms_norm_eps)
+        self.token_additions = self.stale_additions = None
         self.predictor = VisualImportancePredictor(
             config, text_config.num_attention_heads, vision_size
         )

@@ -84,3 +84,13 @@ def first_positions(cache: Cache, attention_mask: torch.Tensor | None) -> torch.
     if rope_deltas is None:
         return tokens
     return tokens_behind(past, tokens) + rope_deltas
+
+
+def prompt_positions(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Rotary positions `(batch, length)` as `generate` counts them, or None without a 2-D mask.
+
+    Scores of a padded prompt are the same then whether `generate` takes the glimpse or not.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

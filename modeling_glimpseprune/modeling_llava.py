@@ -19,19 +19,28 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
 from .decoder_layers import run_layer  # noqa: F401
+from .decoder_run import DecoderRun  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_record import VisualRecord  # noqa: F401
+from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
+from .look_ahead import LookAhead  # noqa: F401
+from .low_rank import ATTENTION_MAPS  # noqa: F401
+from .prefill import UNTRAINED  # noqa: F401
+from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import slot_mask  # noqa: F401
 from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
-from .pruning_model import PruningGenerationMixin, PruningModelMixin
+from .pruning_backbone import PruningModelMixin
+from .pruning_generation import PruningGenerationMixin
+from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401
 from .stock import clip_transformer
 from .token_block import TokenBlock  # noqa: F401
-from .visual_tokens import VisualFeatures, token_geometry, whole_images
+from .visual_features import VisualFeatures, token_geometry, whole_images
+from .visual_tokens import VisualTokens  # noqa: F401
 
 # transformers 4 names the tower's weights as published, transformers 5 without `vision_model`.
 TOWER_NAMES = {"^model.vision_tower.(?!vision_model)": "model.vision_tower.vision_model."}

@@ -14,22 +14,29 @@ from transformers.models.llava_next.modeling_llava_next import (
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_layers import run_layer  # noqa: F401
+from .decoder_run import DecoderRun  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
+from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
-from .later_turns import past_length  # noqa: F401
+from .later_turns import new_visuals  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
+from .look_ahead import LookAhead  # noqa: F401
+from .low_rank import LowRankAddition  # noqa: F401
 from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
+from .prefill import UNTRAINED  # noqa: F401
+from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
-from .pruning_model import PruningModelMixin
+from .pruning_backbone import PruningModelMixin
+from .pruning_generation import ENCODED  # noqa: F401
+from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .stock import given_cache  # noqa: F401
 from .token_block import TokenBlock  # noqa: F401
-from .visual_tokens import VisualFeatures, token_geometry
-
-VIEWS = ("base_view", "image")
+from .visual_features import ImageView, VisualFeatures, token_geometry
+from .visual_tokens import VisualTokens  # noqa: F401
 
 
 class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
@@ -77,24 +84,35 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
     ) -> VisualFeatures:
         shapes = [self._tile_shape(size) for size in image_sizes]
         tiles = [1 + down * across for down, across in shapes]
-        count, device = self.side**2, taps[0].device
-        base, grid = [], []
-        for tap in taps:
-            of_images = tap[:, -count:].split(tiles)  # each (tiles, count, width)
-            base.append([of_image[0] for of_image in of_images])
-            maps = [
-                self._put_together(of_image[1:], size, shape)
-                for of_image, size, shape in zip(of_images, image_sizes, shapes, strict=True)
-            ]
-            grid.append([each.flatten(1).T for each in maps])
-        grids = [tuple(each.shape[1:]) for each in maps]
-        base.append(_geometries([(self.side, self.side)] * len(tiles), device))
-        grid.append(_geometries(grids, device))
-        base.append([torch.arange(count, device=device)[:, None] for _ in tiles])
-        grid.append([self._grid_places(*each, device) for each in grids])
-        return VisualFeatures(
-            pooler_output=embeddings, deepstack_features=[*base, *grid], views=VIEWS
-        )
+        patches = [tap[:, -(self.side**2) :].split(tiles) for tap in taps]  # (tiles, count, width)
+        of_images = zip(*patches, strict=True)
+        views = [
+            self._views(list(layers), size, shape)
+            for layers, size, shape in zip(of_images, image_sizes, shapes, strict=True)
+        ]
+        return VisualFeatures(pooler_output=embeddings, glimpse_views=views)
+
+    def _views(
+        self, layers: list[torch.Tensor], image_size: torch.Tensor, shape: tuple[int, int]
+    ) -> list[ImageView]:
+        """The base view and the high-resolution grid, from each layer's `(tiles, count, width)`."""
+        maps = [self._put_together(layer[1:], image_size, shape) for layer in layers]
+        rows, columns = maps[0].shape[1:]
+        device, count = layers[0].device, self.side**2
+        return [
+            ImageView(
+                [layer[0] for layer in layers],
+                _geometry(self.side, self.side, device),
+                torch.arange(count, device=device),
+                "base_view",
+            ),
+            ImageView(
+                [each.flatten(1).T for each in maps],
+                _geometry(rows, columns, device),
+                self._grid_places(rows, columns, device),
+                "image",
+            ),
+        ]
 
     def _tile_shape(self, image_size: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of tiles that an image is cut into."""
@@ -110,9 +128,9 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
         return unpad_image(whole.flatten(3, 4).flatten(1, 2), image_size)
 
     def _grid_places(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """`(rows * columns, 1)`: behind the base view, a newline after each row."""
+        """`(rows * columns,)`: behind the base view, a newline after each row."""
         places = torch.arange(rows * (columns + 1), device=device) + self.side**2
-        return places.view(rows, columns + 1)[:, :columns].reshape(-1, 1)
+        return places.view(rows, columns + 1)[:, :columns].flatten()
 
     def image_rows(
         self, input_ids: torch.LongTensor, image_sizes=None, mm_encoder_outputs=None, **inputs
@@ -161,8 +179,6 @@ class GlimpsePruneLlavaNextForConditionalGeneration(
     )
 
 
-def _geometries(grids: list[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
-    """One `(tokens, 6)` tensor a grid, see `token_geometry`."""
-    sizes = [rows * columns for rows, columns in grids]
-    frames = torch.tensor([[1, *grid] for grid in grids], device=device)
-    return list(token_geometry(frames, sizes).split(sizes))
+def _geometry(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """`(tokens, 6)`, see `token_geometry`."""
+    return token_geometry(torch.tensor([[1, rows, columns]], device=device), [rows * columns])

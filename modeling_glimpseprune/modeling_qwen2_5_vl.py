@@ -18,19 +18,28 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .decoder_layers import run_layer  # noqa: F401
+from .decoder_run import DecoderRun  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord  # noqa: F401
+from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import first_positions, past_length
-from .layer_outputs import LayerOutputs  # noqa: F401
+from .layer_outputs import spread  # noqa: F401
+from .look_ahead import LookAhead  # noqa: F401
+from .low_rank import low_rank_additions  # noqa: F401
+from .prefill import UNTRAINED  # noqa: F401
+from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
-from .pruning_model import PruningGenerationMixin, PruningModelMixin
+from .pruning_backbone import PruningModelMixin
+from .pruning_generation import PruningGenerationMixin
+from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .stock import cache_of, in_stock_form, token_types
 from .token_block import TokenBlock  # noqa: F401
-from .visual_tokens import VisualFeatures, token_geometry, whole_images
+from .visual_features import VisualFeatures, token_geometry, whole_images
+from .visual_tokens import VisualTokens  # noqa: F401
 
 
 class GlimpsePruneQwen2_5_VLTextModel(PrunedForwardMixin, Qwen2_5_VLTextModel):
@@ -114,7 +123,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
             past = past_length(cache)
             arguments["attention_mask"] = attention_mask[:, past : past + input_ids.shape[1]]
         for kind, features in encoded.items():
-            first = torch.stack([each[0, 3:] for each in features.deepstack_features[-2]])
+            first = torch.stack([views[0].geometry[0, 3:] for views in features.glimpse_views])
             merge = self.visual.spatial_merge_size
             arguments[f"{kind}_grid_thw"] = first * first.new_tensor([1, merge, merge])
         arguments |= token_types(*(input_ids == token for token in self.visual_token_ids.tolist()))

@@ -94,3 +94,40 @@ def show_arguments(stock: Callable, *more: inspect.Parameter) -> Callable:
         return shown
 
     return decorate
+
+
+def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
+    """Check a caller's keep mask.
+
+    Raises:
+        ValueError: unless it is a bool tensor of shape `(num_visual_tokens,)`.
+    """
+    if not isinstance(visual_keep_mask, torch.Tensor) or visual_keep_mask.dtype != torch.bool:
+        found = getattr(visual_keep_mask, "dtype", type(visual_keep_mask).__name__)
+        raise ValueError(f"visual_keep_mask must be a bool tensor, got {found}")
+    if visual_keep_mask.shape != (num_visual_tokens,):
+        raise ValueError(
+            f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
+            f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
+        )
+
+
+def validate_log_keep(arguments: PruningArguments, num_visual_tokens: int) -> None:
+    """Check a caller's soft mask, whose values are not looked at.
+
+    Raises:
+        ValueError: unless it is a float tensor of shape `(num_visual_tokens,)` and alone.
+    """
+    log_keep = arguments.visual_log_keep
+    if not isinstance(log_keep, torch.Tensor) or not log_keep.is_floating_point():
+        found = getattr(log_keep, "dtype", type(log_keep).__name__)
+        raise ValueError(f"visual_log_keep must be a float tensor, got {found}")
+    if log_keep.shape != (num_visual_tokens,):
+        raise ValueError(
+            f"visual_log_keep must have shape ({num_visual_tokens},), one entry a visual token of "
+            f"the batch in prompt order, got {tuple(log_keep.shape)}"
+        )
+    for name in ("visual_keep_mask", "in_place", "only_glimpse"):
+        given = getattr(arguments, name)
+        if given is not None and given is not False:
+            raise ValueError(f"visual_log_keep cannot be combined with {name}")

@@ -143,6 +143,28 @@ def causal_mask(
     return create_causal_mask(input_embeds=states, cache_position=positions, **arguments)
 
 
+def plain_rotary(
+    config: PretrainedConfig, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine `(batch, length, head_dim)` as the attention applies them.
+
+    Where positions have three axes, older releases hand the layers one table an axis, from which
+    the attention takes a section each.
+
+    Args:
+        config: of the text model.
+        rotary: what its `rotary_emb` returns.
+    """
+    if rotary[0].ndim == 3:
+        return rotary
+    settings = config.rope_parameters if TRANSFORMERS_5 else config.rope_scaling
+    sections = list(settings["mrope_section"]) * 2
+    return tuple(
+        torch.cat([part[i % 3] for i, part in enumerate(table.split(sections, dim=-1))], dim=-1)
+        for table in rotary
+    )
+
+
 def number_of_tokens(query: int | torch.Tensor) -> int:
     """New tokens, as `get_mask_sizes` is told them: a number, or on transformers 4 positions."""
     return query if isinstance(query, int) else query.shape[0]

@@ -61,6 +61,49 @@ class TokenBlock:
             return self.hidden_states.new_ones(self.hidden_states.shape[:2], dtype=torch.bool)
         return self.mask[:, self.past_slots :]
 
+    def insert_glimpse(self, vectors: torch.Tensor, place: int) -> None:
+        """Put glimpse tokens in front of the block's token `place`, or behind its last one.
+
+        Args:
+            vectors: `(glimpse tokens, hidden)`.
+        """
+        batch, count = len(self.hidden_states), len(vectors)
+        rows = vectors.expand(batch, -1, -1)
+        self.hidden_states = _insert(self.hidden_states, rows, place, dim=1)
+        positions = self.following_positions(count)
+        self.position_ids = _insert(self.position_ids, positions, place, dim=-1)
+        if self.mask is not None:
+            ones = self.mask.new_ones(batch, count)
+            self.mask = _insert(self.mask, ones, self.past_slots + place, dim=1)
+        self.glimpse_slice = slice(place, place + count)
+
+    def following_positions(self, count: int) -> torch.Tensor:
+        """`(..., batch, count)` rotary positions behind the prompt, the same on every axis."""
+        steps = torch.arange(count, device=self.position_ids.device)
+        positions = self.next_position[:, None] + steps
+        return positions.expand(*self.position_ids.shape[:-1], -1)
+
+    def take(self, order: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Keep some of the block's tokens.
+
+        Args:
+            order: `(batch, slots)` token of each slot.
+            real: `(batch, slots)` bool, False at slots that only pad, or None when none does.
+        """
+        states, positions = self.hidden_states, self.position_ids
+        self.hidden_states = states.take_along_dim(order.to(states.device)[..., None], dim=1)
+        self.position_ids = positions.take_along_dim(
+            order.expand(*positions.shape[:-1], -1), dim=-1
+        )
+        self.order, self.glimpse_slice = order, slice(order.shape[1], order.shape[1])
+        if real is None:
+            self.mask = None
+            return
+        past_mask = real.new_ones(len(order), self.past_slots)
+        if self.mask is not None:
+            past_mask = self.mask[:, : self.past_slots]
+        self.mask = torch.cat([past_mask, real], dim=1)
+
     def as_seen(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Lay tensors of the block's tokens, `(batch, ...)`, out as the caller sees the tokens.
 
@@ -107,3 +150,8 @@ class TokenBlock:
             seen = seen & self.mask[:, None].to(seen.device)
         seen = seen.expand(batch, -1, -1)
         return torch.where(seen, self.log_keep[:, None], UNSEEN)[:, None]
+
+
+def _insert(tensor: torch.Tensor, part: torch.Tensor, position: int, dim: int) -> torch.Tensor:
+    before, after = tensor.tensor_split([position], dim=dim)
+    return torch.cat([before, part, after], dim=dim)

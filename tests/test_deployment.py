@@ -25,7 +25,8 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glimpseprune.families import QWEN2_5_VL
-from modeling_glimpseprune import pruned_forward
+from modeling_glimpseprune.prefill import Prefill
+from modeling_glimpseprune.prune_request import PruneRequest
 from modeling_glimpseprune.visual_tokens import VisualTokens
 
 # Attention implementations.
@@ -350,7 +351,7 @@ def place(module: torch.nn.Module, device: str) -> None:
 @torch.no_grad()
 def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
     """Two devices of tensors without contents: an operation on both would raise."""
-    monkeypatch.setattr(pruned_forward, "_kept_counts", lambda *args: ([9, 11], False, 15))
+    monkeypatch.setattr(Prefill, "_kept_counts", lambda *args: ([9, 11], False, 15))
     fields = build_config_fields() | {"predictor_hidden_size": 16, "predictor_condition_size": 16}
     fields["attn_implementation"] = "eager"  # other masks look into the padding
     config = QWEN2_5_VL.config_class(
@@ -373,8 +374,8 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
         tokens = VisualTokens(
             zeros[:, 0], zeros[:, 1], features, zeros, ["image", "image"], [10, 10]
         )
-        request = pruned_forward.PruneRequest(
-            model.glimpse, tokens, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1
+        request = PruneRequest(
+            model.glimpse, tokens, glimpse_layer, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1
         )
         cache = DynamicCache()
         for length, prune_request in ((16, request), (1, None)):

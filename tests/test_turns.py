@@ -27,7 +27,7 @@ from test_invariants import (
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
-from modeling_glimpseprune.pruned_forward import TRANSFORMERS_5
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 
 def conversation(first: Batch, second: Batch, answers: torch.Tensor) -> Batch:

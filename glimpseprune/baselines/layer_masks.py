@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_glimpseprune.decoder_layers import query_logits
-from modeling_glimpseprune.pruned_forward import PruneRequest
+from modeling_glimpseprune.prune_request import PruneRequest
 from modeling_glimpseprune.stock import CACHE_NAME
 from modeling_glimpseprune.visual_tokens import VisualTokens
 

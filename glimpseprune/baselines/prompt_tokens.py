@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import ProcessorMixin
 
-from modeling_glimpseprune.pruned_forward import PruneRequest
+from modeling_glimpseprune.prune_request import PruneRequest
 
 from ..data.visual_cot import visible_evidence
 from ..sample import Sample

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_glimpseprune.pruned_forward import PruneRequest
+from modeling_glimpseprune.prune_request import PruneRequest
 
 from .layer_masks import prefill_begun
 from .method import Application, Method
@@ -36,7 +36,7 @@ def keep_highest(scores: torch.Tensor, budget: int) -> torch.Tensor:
 
 def drop_before_decoder(request: PruneRequest, keep: torch.Tensor) -> None:
     """Have a prefill drop the visual tokens outside `keep` (`(N,)` bool) before its first layer."""
-    request.visual_keep_mask, request.glimpse_layer = keep, -1
+    request.visual_keep_mask, request.prune_layer = keep, -1
 
 
 @dataclass(frozen=True)

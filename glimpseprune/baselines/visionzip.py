@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from modeling_glimpseprune.modeling_qwen2_5_vl import window_order
-from modeling_glimpseprune.pruned_forward import PruneRequest
+from modeling_glimpseprune.prune_request import PruneRequest
 
 from .layer_masks import prefill_begun
 from .method import Application, Method

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from modeling_glimpseprune.stock import cache_of, given_cache
-from modeling_glimpseprune.visual_tokens import VisualFeatures
+from modeling_glimpseprune.visual_features import VisualFeatures
 
 from ..data.visual_cot_collator import ROW_INPUTS
 
@@ -66,13 +66,7 @@ class SharedPrompts:
     def model_inputs(self, prompts: list[int]) -> dict[str, object]:
         """What a prefill of some of the prompts takes."""
         images = [self.image_index[prompt] for prompt in prompts]
-        features = replace(
-            self.features,
-            pooler_output=[self.features.pooler_output[image] for image in images],
-            deepstack_features=[
-                [layer[image] for image in images] for layer in self.features.deepstack_features
-            ],
-        )
+        features = self.features.select(images)
         inputs = {name: values[prompts] for name, values in self.inputs.items()}
         inputs["mm_encoder_outputs"] = {"image": features}
         if self.keep_masks is not None:

@@ -13,7 +13,6 @@ Two objectives, alone or together, by the weights of `Stage1Config`:
 import logging
 import math
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 from modeling_glimpseprune.selection import corner_tokens
 from modeling_glimpseprune.stock import given_cache
-from modeling_glimpseprune.visual_tokens import VisualFeatures
+from modeling_glimpseprune.visual_features import VisualFeatures
 
 from ..data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
 from .checkpoints import load_glimpse, save_glimpse
@@ -219,13 +218,7 @@ class Stage1Trainer(Trainer):
         visuals, index = inputs.pop("visuals"), inputs.pop("image_index").tolist()
         with torch.no_grad(), self.accelerator.autocast():
             features = backbone.encode_visual("image", **visuals)
-        return replace(
-            features,
-            pooler_output=[features.pooler_output[image] for image in index],
-            deepstack_features=[
-                [layer[image] for image in index] for layer in features.deepstack_features
-            ],
-        )
+        return features.select(index)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

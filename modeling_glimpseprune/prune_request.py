@@ -1,0 +1,63 @@
+"""What a prefill is asked to do with its visual tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .glimpse import Glimpse
+from .visual_tokens import VisualTokens
+
+
+@dataclass
+class PruneRequest:
+    """What a prefill is asked to do with its visual tokens.
+
+    Attributes:
+        glimpse: the trained modules.
+        tokens: the batch's visual tokens.
+        glimpse_layer: K, the last layer whose attention may be read; -1 prunes before the decoder,
+            with a mask given by the caller.
+        prune_layer: P, the last layer that sees every token; below K the glimpse is read ahead.
+        predictor_window: side of the predictor's attention windows in tokens, or None.
+        anchor_corners: corners whose token is always kept.
+        prune_threshold, max_keep_ratio, min_keep_tokens: see `select_visual_tokens`.
+        visual_keep_mask: `(N,)` bool given by the caller; no glimpse is taken then.
+        visual_log_keep: `(N,)` a soft mask given by the caller; no glimpse is taken, and every
+            token stays.
+        prompt_length: tokens before the completion, or None when all are prompt.
+        in_place: keep every token and leave the glimpse token in the sequence, where the
+            completion sees it: the forward of stage 1.
+        only_glimpse: stop after the choice.
+        compact_output: return the hidden states of kept tokens only, packed to the right.
+    """
+
+    glimpse: Glimpse
+    tokens: VisualTokens
+    glimpse_layer: int
+    prune_layer: int
+    predictor_window: int | None
+    anchor_corners: list[str]
+    prune_threshold: float
+    max_keep_ratio: float | None
+    min_keep_tokens: int
+    visual_keep_mask: torch.Tensor | None = None
+    visual_log_keep: torch.Tensor | None = None
+    prompt_length: int | None = None
+    in_place: bool = False
+    only_glimpse: bool = False
+    compact_output: bool = False
+
+    @property
+    def takes_glimpse(self) -> bool:
+        """Whether the glimpse decides, and not the caller."""
+        return self.visual_keep_mask is None and self.visual_log_keep is None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the glimpse runs on above the last layer that sees every token."""
+        return self.takes_glimpse and self.prune_layer < self.glimpse_layer
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether the glimpse tokens run beside the prompt, and not as its last rows."""
+        return self.looks_ahead or (self.takes_glimpse and self.glimpse.token_additions is not None)

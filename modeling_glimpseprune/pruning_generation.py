@@ -1,0 +1,273 @@
+"""The model users hold: `generate` that prunes, and `glimpse`."""
+
+from functools import wraps
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+from .glimpse import Glimpse
+from .glimpse_record import GlimpseRecord
+from .glimpse_weights import GlimpseWeightsMixin
+from .later_turns import past_length
+from .prefill import UNTRAINED
+from .pruned_cache import pruned_layer
+from .pruning_arguments import validate_keep_mask
+from .stock import CACHE_NAME, cache_of, counts_positions, given_cache, take_cache
+from .visual_features import VisualFeatures
+
+ENCODED = "mm_encoder_outputs"
+
+
+class PruningGenerationMixin(GlimpseWeightsMixin):
+    """The model users hold: `generate` that prunes, and `glimpse`.
+
+    A family puts it in front of the stock class, names the backbone, and shows the arguments of
+    `forward` (see `show_pruning_arguments`).
+
+    Attributes:
+        backbone_class: the family's backbone.
+    """
+
+    backbone_class: type[PreTrainedModel]
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)  # not the stock class's, which builds its backbone
+        self.model = self.backbone_class(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def glimpse_module(self) -> Glimpse:
+        return self.model.glimpse
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        *,
+        cache: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        prompt_length: int | None = None,
+        **kwargs,
+    ):
+        """The stock forward with the arguments of `PruningArguments`.
+
+        Hidden states and logits come back in the prompt's full length, with zeros at dropped
+        tokens; with `logits_to_keep=1`, as in `generate`, nothing is laid out again.
+        """
+        cache = take_cache(kwargs, cache)
+        if prompt_length is None:
+            prompt_length = completion_start(labels, logits_to_keep, input_ids)
+        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        return super().forward(
+            input_ids=input_ids,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            prompt_length=prompt_length,
+            compact_output=last_only,
+            **given_cache(cache),
+            **kwargs,
+        )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        """The stock method with the arguments of `PruningArguments`."""
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs |= given_cache(cache)
+        return super().generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def glimpse(self: PreTrainedModel, **inputs) -> GlimpseRecord:
+        """Score the visual tokens of a prompt without answering: runs K layers.
+
+        Args:
+            inputs: what `generate` takes, settings of the selection included.
+
+        Returns:
+            Importance, keep masks and grids of all images and videos, in prompt order.
+
+        Raises:
+            ValueError: when the prompt has no visual tokens, or the glimpse weights are untrained.
+        """
+        if inputs.get("visual_keep_mask") is None and not self.model.glimpse.trained:
+            raise ValueError(UNTRAINED)
+        outputs = self.model(**inputs, prune=True, only_glimpse=True, use_cache=True)
+        cache = cache_of(outputs)
+        if not hasattr(cache, "glimpse"):
+            raise ValueError("this prompt has no image or video to glimpse at")
+        return cache.glimpse
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """Leave out images and videos that a kept cache has seen already."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(
+            inputs, bos_token_id, model_kwargs
+        )
+        past = past_length(model_kwargs.get(CACHE_NAME))
+        if past and name == "input_ids":
+            model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
+        return inputs, name, model_kwargs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Plain positions over a kept cache, where the backbone counts on from it (transformers 5).
+
+        The stock method would look for the conversation's first visuals.
+        """
+        cache = model_kwargs.get(CACHE_NAME)
+        if pruned_layer(cache) is not None or (past_length(cache) and self._visuals(model_kwargs)):
+            return GenerationMixin._prepare_position_ids_for_generation(
+                self, inputs_tensor, model_kwargs
+            )
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+        """As the stock method, with the visuals that a later turn brings where it forgets them."""
+        kwargs["inputs_embeds"] = inputs_embeds
+        cache = kwargs.get(CACHE_NAME)
+        past = past_length(cache)
+        positions_known = (
+            counts_positions(GenerationMixin) or kwargs.get("position_ids") is not None
+        )
+        if positions_known or not past:
+            return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        new_ids = input_ids[:, past:]
+        brought = [
+            name
+            for kind, names in self.model.visual_inputs.items()
+            if kwargs.get(names[0]) is not None and new_ids.shape[1] > 1
+            if bool((new_ids == getattr(self.config, f"{kind}_token_id")).any())
+            for name in names
+        ]
+        attention_mask = kwargs.get("attention_mask")
+        counts_on = brought or pruned_layer(cache) is not None
+        if counts_on and attention_mask is not None:
+            kwargs["position_ids"] = attention_mask.long().cumsum(-1) - 1  # the backbone counts on
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return model_inputs | {name: kwargs.get(name) for name in brought}
+
+    def _visuals(self, inputs: dict) -> bool:
+        """Whether a call brings images or videos."""
+        names = [names[0] for names in self.model.visual_inputs.values()]
+        given = any(inputs.get(name) is not None for name in names)
+        return given or bool(inputs.get(ENCODED))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Refuse what cannot be pruned, and forget the prompt's end where a cache remembers it.
+
+        A prefill in chunks cannot know what the question at its end needs; a static cache has no
+        room that pruning could free.
+        """
+        prunes = self._visuals(model_kwargs) and model_kwargs.get("prune") is not False
+        if prunes and generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size cannot be combined with pruning: use prune=False")
+        if prunes and generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            raise ValueError(
+                f"a {generation_config.cache_implementation} cache cannot be pruned: use the "
+                "default DynamicCache, or prune=False"
+            )
+        if generation_config.use_cache:
+            model_kwargs.pop("prompt_length", None)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        """Repeat keep mask and encoded visuals row by row, and note where the prompt ends.
+
+        The stock method repeats a tensor's elements, and of encoded visuals what it knows. The end
+        of the prompt matters without a cache, where later steps run the prompt again with what was
+        generated behind it.
+        """
+        if expand_size > 1:
+            new_ids = self.new_placeholders(input_ids, model_kwargs)
+            model_kwargs |= self._repeated_visuals(new_ids, model_kwargs, expand_size)
+        held = {name: model_kwargs.pop(name, None) for name in ("visual_keep_mask", ENCODED)}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        model_kwargs |= {name: value for name, value in held.items() if value is not None}
+        if input_ids.shape[1] > 0:
+            model_kwargs["prompt_length"] = input_ids.shape[1]
+        return input_ids, model_kwargs
+
+    def _repeated_visuals(self, new_ids: torch.LongTensor, inputs: dict, repeats: int) -> dict:
+        """A keep mask and encoded visuals of a batch whose rows are repeated.
+
+        Args:
+            new_ids: see `new_placeholders`.
+        """
+        repeated = {}
+        if (keep_mask := inputs.get("visual_keep_mask")) is not None:
+            counts = self.model.visual_counts(new_ids, **inputs)
+            validate_keep_mask(keep_mask, sum(counts))
+            rows = [row.repeat(repeats) for row in keep_mask.split(counts)]
+            repeated["visual_keep_mask"] = torch.cat(rows)
+        if encoded := inputs.get(ENCODED):
+            self._check_placeholders(new_ids, encoded)
+            repeated[ENCODED] = {
+                kind: features.repeat_rows(self._placeholders(new_ids, kind).tolist(), repeats)
+                for kind, features in encoded.items()
+            }
+        return repeated
+
+    def _placeholders(self, input_ids: torch.LongTensor, kind: str) -> torch.Tensor:
+        """`(batch,)` placeholders of each row."""
+        return (input_ids == getattr(self.config, f"{kind}_token_id")).sum(1)
+
+    def new_placeholders(self, input_ids: torch.LongTensor, inputs: dict) -> torch.LongTensor:
+        """Ids `(batch, new tokens)` of the tokens that a kept cache does not hold.
+
+        Of prompts given as embeddings only the placeholders are told.
+        """
+        embeddings = inputs.get("inputs_embeds")
+        if embeddings is None or input_ids.shape[1] > 0:
+            return input_ids[:, past_length(inputs.get(CACHE_NAME)) :]
+        token_ids = self.model.visual_token_ids.to(embeddings.device)
+        new_ids = torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+        for token_id, vector in zip(token_ids, self.get_input_embeddings()(token_ids), strict=True):
+            new_ids[(embeddings == vector).all(-1)] = token_id
+        return new_ids
+
+    def _check_placeholders(
+        self, input_ids: torch.LongTensor, encoded: dict[str, VisualFeatures]
+    ) -> None:
+        """Refuse encoded visuals and placeholders that differ, before their rows are repeated."""
+        for kind, features in encoded.items():
+            given = sum(len(embeddings) for embeddings in features.pooler_output)
+            found = int(self._placeholders(input_ids, kind).sum())
+            if found != given:
+                raise ValueError(
+                    f"{kind} features and {kind} tokens do not match: {given} features, "
+                    f"{found} tokens"
+                )
+
+
+def completion_start(
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    input_ids: torch.LongTensor | None,
+) -> int | None:
+    """Where the completion begins, if the caller's other arguments tell.
+
+    Args:
+        labels: `(batch, length)`; the first column where any row has a label (not -100).
+        logits_to_keep: n > 1 asks for the last prompt token's logits and n - 1 tokens after it.
+        input_ids: `(batch, length)`.
+
+    Returns:
+        Number of prompt tokens, or None when all are prompt.
+    """
+    if labels is not None:
+        labelled = (labels != -100).any(dim=0).nonzero()
+        return int(labelled[0]) if len(labelled) else None
+    if isinstance(logits_to_keep, int) and logits_to_keep > 1 and input_ids is not None:
+        return input_ids.shape[1] - logits_to_keep + 1
+    return None

@@ -1,0 +1,143 @@
+"""What a vision encoder returns: embeddings, and what the predictor needs to know of each token."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class ImageView:
+    """One view of one image or video: visual tokens that attend to one another in the predictor.
+
+    Attributes:
+        taps: one `(tokens, width)` tensor a tapped vision layer.
+        geometry: `(tokens, 6)`, see `token_geometry`.
+        places: `(tokens,)` ascending index of each among its image's placeholders. Placeholders
+            that no view names are no visual tokens: they are never dropped.
+        name: what the view is called, or None for the only one of an image.
+    """
+
+    taps: list[torch.Tensor]
+    geometry: torch.Tensor
+    places: torch.Tensor
+    name: str | None = None
+
+
+@dataclass
+class VisualFeatures(BaseModelOutputWithPooling):
+    """Output of a vision encoder with what the predictor needs beside the embeddings.
+
+    Attributes:
+        pooler_output: one `(placeholders, hidden)` tensor an image.
+        glimpse_views: for each image its views, in prompt order.
+    """
+
+    glimpse_views: list[list[ImageView]] | None = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """`(placeholders, visual tokens)` of each image."""
+        visual = (sum(len(view.places) for view in views) for views in self.glimpse_views)
+        return list(zip(map(len, self.pooler_output), visual, strict=True))
+
+    def select(self, images: Sequence[int]) -> "VisualFeatures":
+        """The features of some images, each as often as it is named."""
+        return VisualFeatures(
+            pooler_output=[self.pooler_output[image] for image in images],
+            glimpse_views=[self.glimpse_views[image] for image in images],
+        )
+
+    def repeat_rows(self, placeholders: list[int], repeats: int) -> "VisualFeatures":
+        """The features of a batch whose rows are repeated, each row's images together.
+
+        Args:
+            placeholders: of each row.
+            repeats: of each row.
+        """
+        images, selected = iter(enumerate(map(len, self.pooler_output))), []
+        for remaining in placeholders:
+            row = []
+            while remaining > 0:
+                image, size = next(images)
+                row.append(image)
+                remaining -= size
+            selected += row * repeats
+        return self.select(selected)
+
+
+def whole_images(
+    embeddings: list[torch.Tensor],
+    layers: list[torch.Tensor],
+    geometry: torch.Tensor,
+    skipped: int = 0,
+) -> VisualFeatures:
+    """Features of images whose placeholders are visual tokens of one view.
+
+    Args:
+        embeddings: one `(skipped + tokens, hidden)` tensor an image.
+        layers: one `(N, width)` tensor a tapped vision layer, image after image.
+        geometry: `(N, 6)`, see `token_geometry`.
+        skipped: placeholders at the start of each image that are no visual tokens.
+    """
+    sizes = [len(of_image) - skipped for of_image in embeddings]
+    taps = zip(*(layer.split(sizes) for layer in layers), strict=True)
+    views = [
+        [ImageView(list(layers), grid, torch.arange(len(grid), device=grid.device) + skipped)]
+        for layers, grid in zip(taps, geometry.split(sizes), strict=True)
+    ]
+    return VisualFeatures(pooler_output=list(embeddings), glimpse_views=views)
+
+
+@contextmanager
+def tap_outputs(
+    modules: list[nn.Module], reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor | None]]:
+    """Collect what each module returns inside the context, in the order given.
+
+    Only calls of the thread that opened the context are seen, so threads can share a model.
+
+    Args:
+        modules: the modules to listen to.
+        reduce: what to keep of each output.
+    """
+    thread = threading.get_ident()
+    outputs: list[torch.Tensor | None] = [None] * len(modules)
+
+    def collect(index: int):
+        def hook(module, args, output):
+            if threading.get_ident() == thread:
+                outputs[index] = reduce(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [module.register_forward_hook(collect(i)) for i, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def token_geometry(grids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Place every token in its image, without waiting for the device.
+
+    Args:
+        grids: `(images, 3)` frames, height and width of each image in tokens.
+        sizes: tokens of each image, known on the host.
+
+    Returns:
+        `(N, 6)` frame, row and column of each token in raster order, then its image's grid.
+    """
+    device, total = grids.device, sum(sizes)
+    repeats = torch.tensor(sizes, device=device)
+    grid = grids.repeat_interleave(repeats, dim=0, output_size=total)
+    starts = (repeats.cumsum(0) - repeats).repeat_interleave(repeats, output_size=total)
+    offset = torch.arange(total, device=device) - starts
+    height, width = grid[:, 1], grid[:, 2]
+    frame, within = offset // (height * width), offset % (height * width)
+    return torch.stack([frame, within // width, within % width, *grid.unbind(1)], dim=1)

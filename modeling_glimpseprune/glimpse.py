@@ -3,10 +3,13 @@
 These are the only weights GlimpsePrune adds to its base (paper, sections 3.1 and 3.2).
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from .glimpse_fields import BUILT_IN_FIELDS
 from .importance_predictor import RMSNorm, TokenGroup, VisualImportancePredictor
 
 logger = logging.get_logger(__name__)
@@ -57,10 +60,15 @@ class Glimpse(nn.Module):
     Args:
         config: a GlimpsePrune configuration.
         vision_size: width of the tapped vision features.
+
+    Raises:
+        ValueError: naming a field of the configuration and its value that cannot be.
     """
 
     def __init__(self, config, vision_size: int):
         super().__init__()
+        config.validate_glimpse_fields()
+        self.built_for = {name: copy.copy(getattr(config, name)) for name in BUILT_IN_FIELDS}
         text_config = config.get_text_config()
         self.attention_layers = list(config.attention_layers)
         self.log_probabilities = config.attention_scores == "log_probabilities"
@@ -72,6 +80,20 @@ class Glimpse(nn.Module):
         )
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
         self.declared_untrained = False
+
+    def check_built_for(self, config) -> None:
+        """Refuse a configuration that was changed where these weights depend on it.
+
+        Raises:
+            ValueError: naming the field and both values.
+        """
+        for name, built in self.built_for.items():
+            now = getattr(config, name)
+            if now != built:
+                raise ValueError(
+                    f"{name} is {now!r}, but the model was built with {built!r}, which shapes its "
+                    "weights: build or load another model for that"
+                )
 
     def declare_untrained(self) -> None:
         """Note, and say once, that some of these weights did not come from training."""

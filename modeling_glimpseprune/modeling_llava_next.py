@@ -15,6 +15,7 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
+from .glimpse_fields import FIELDS  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401

@@ -19,6 +19,7 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .glimpse import Glimpse
+from .glimpse_fields import FIELDS  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import first_positions, past_length

@@ -9,7 +9,6 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .base_weights import located_weights, own_weights
-from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse, GlimpseToken
 from .glimpse_record import GlimpseRecord
 from .importance_predictor import RMSNorm
@@ -79,6 +78,15 @@ class PruningModelMixin(GlimpseWeightsMixin):
     def glimpse_module(self) -> Glimpse:
         return self.glimpse
 
+    def check_config(self) -> None:
+        """Check the configuration, whose fields may have been set since the model was built.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        self.config.validate_glimpse_fields()
+        self.glimpse.check_built_for(self.config)
+
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
         raise NotImplementedError
@@ -105,7 +113,11 @@ class PruningModelMixin(GlimpseWeightsMixin):
         Args:
             kind: `"image"` or `"video"`.
             inputs: what the stock method `get_image_features` or `get_video_features` takes.
+
+        Raises:
+            ValueError: for a field of the configuration that cannot be.
         """
+        self.check_config()
         encode = getattr(super(), f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
             outputs = encode(**inputs)
@@ -302,11 +314,12 @@ class PruningModelMixin(GlimpseWeightsMixin):
             ValueError: for a setting out of range or a keep mask that does not fit.
         """
         config = self.config
+        self.check_config()
         settings = {}
         for name in ("prune_threshold", "max_keep_ratio", "min_keep_tokens"):
             given = getattr(arguments, name)
             settings[name] = getattr(config, name) if given is None else given
-        validate_selection(**settings)
+            config.validate_field(name, settings[name])
         tokens = collect_visual_tokens(encoded, masks)
         if arguments.visual_keep_mask is not None:
             validate_keep_mask(arguments.visual_keep_mask, tokens.total)

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrained
 from conversion.hub_configs import HUB_CONFIGS
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import read_json
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 SCALED = "scaled"

@@ -30,7 +30,7 @@ from glimpseprune.training.recipe import read_recipe
 from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Recipe
 from glimpseprune.training.stage1_losses import mask_figures
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 from modeling_glimpseprune.stock import cache_of
 
 RECIPE = REPOSITORY / "recipes" / "stage1_tiny.yaml"

@@ -38,7 +38,7 @@ from glimpseprune.hub.shards import (
 )
 from glimpseprune.portable import make_processor_portable, portable_config, write_json
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX, GLIMPSE_SHARD
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 TRAINED_KEY = f"{GLIMPSE_PREFIX}trained"
 MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")

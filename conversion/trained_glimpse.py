@@ -8,7 +8,7 @@ import torch
 from conversion.repository import SUMMARY_FILE, TRAINED_KEY, is_glimpse
 from glimpseprune.families import Family, family_of
 from glimpseprune.hub.shards import ConversionError, find_shards, load_tensors, read_json
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 
 @dataclass(frozen=True)

@@ -3,46 +3,36 @@
 A GlimpsePrune configuration is the stock configuration of its base plus the fields below: where the
 glimpse is taken, how the glimpse token and the visual importance predictor are built, and how many
 visual tokens are kept. The same fields serve every family, so they live in a mixin; a family's
-configuration states only which vision layers it taps by default.
+configuration states only which vision layers there are to tap.
+
+Fields are validated together, by `validate_glimpse_fields`: when a configuration is made, loaded
+with fields given in place of stored ones, or saved, when a model is built on it, and at every call
+that sees an image. Between these they may be set one after the other. Those of `BUILT_IN_FIELDS`
+shape the glimpse's weights: a built model keeps the ones it was built with.
 """
 
 import copy
 import inspect
 
-from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
 
-ATTENTION_SCORES = ("logits", "log_probabilities")
-GLIMPSE_NORMS = ("rms_norm", "layer_norm")
+from .glimpse_fields import FIELDS, GLIMPSE_FIELDS
+
 LLAVA_TEXT_MODELS = ("llama", "mistral")
-CORNERS = ("top_left", "top_right", "bottom_left", "bottom_right")
-
-
-def validate_selection(
-    prune_threshold: float, max_keep_ratio: float | None, min_keep_tokens: int
-) -> None:
-    """Check the three settings that decide how many visual tokens are kept.
-
-    Raises:
-        ValueError: naming the field and its value, when the threshold is outside [0, 1], the ratio
-            outside (0, 1], or the minimum negative.
-    """
-    if not 0.0 <= prune_threshold <= 1.0:
-        raise ValueError(f"prune_threshold must lie in [0, 1], got {prune_threshold}")
-    if max_keep_ratio is not None and not 0.0 < max_keep_ratio <= 1.0:
-        raise ValueError(f"max_keep_ratio must be None or lie in (0, 1], got {max_keep_ratio}")
-    if isinstance(min_keep_tokens, bool) or int(min_keep_tokens) != min_keep_tokens:
-        raise ValueError(f"min_keep_tokens must be a whole number, got {min_keep_tokens}")
-    if min_keep_tokens < 0:
-        raise ValueError(f"min_keep_tokens must not be negative, got {min_keep_tokens}")
+# transformers 5 keeps the rotary settings of a text model under this name, transformers 4 does not.
+READS_ROPE_PARAMETERS = "rope_parameters" in inspect.signature(LlamaConfig).parameters
 
 
 class GlimpsePruneConfigMixin:
     """The fields that GlimpsePrune adds to a vision-language configuration.
 
     Args:
-        glimpse_layer: K, the 0-based decoder layer after whose attention visual tokens are dropped.
-            Default: `int(0.66 * num_hidden_layers)`, which gives the official 23 of 36, 18 of 28,
-            21 of 32 and 26 of 40.
+        glimpse_layer: K, the 0-based decoder layer where the glimpse's attention is read. Default:
+            `int(0.66 * num_hidden_layers)`, which gives the official 23 of 36, 18 of 28, 21 of 32
+            and 26 of 40.
+        prune_layer: P, the layer after whose attention visual tokens are dropped, at most K. Below
+            K the prompt's text and the glimpse run ahead to K over visual tokens that stay as they
+            are at P. None: K, as in the paper.
         attention_layers: decoder layers whose attention is read, in the order of the predictor's
             input columns, none above `glimpse_layer`. Default: `[glimpse_layer]`.
         attention_scores: `"logits"` (scaled products) or `"log_probabilities"` (log-softmax over
@@ -51,15 +41,20 @@ class GlimpsePruneConfigMixin:
             last prompt token instead.
         glimpse_embedding_layers: decoder layers that have an embedding of their own for the glimpse
             token(s); must start with 0. Default: all layers.
+        glimpse_lora_rank: rank of low-rank additions to the maps of layers 0..K, for the glimpse
+            tokens alone; 0 for none.
+        stale_rank: rank of low-rank additions to the keys and values that a look-ahead makes of
+            visual tokens, in layers 1..K; 0 for none.
         glimpse_norm: `"rms_norm"` or `"layer_norm"`, applied to the projected embeddings.
         glimpse_dropout: dropout on the glimpse vectors while training.
         vision_layers: vision layers tapped for the predictor, one predictor layer each, in order;
             numbered as the family says.
-        predictor_hidden_size: width of the visual importance predictor.
+        predictor_hidden_size: width of the visual importance predictor, a multiple of its heads.
         predictor_condition_size: width that tapped vision features are projected to.
-        predictor_num_heads: attention heads of the predictor.
-        predictor_hidden_act: activation of the predictor's gated MLP.
         predictor_use_vision: whether vision features condition the predictor's queries and keys.
+        predictor_num_heads: attention heads of the predictor; four times their number divides the
+            width of its queries and keys.
+        predictor_hidden_act: activation of the predictor's gated MLP.
         predictor_windowed: whether the predictor attends within the vision encoder's windows
             instead of the whole image.
         anchor_corners: corners of each image whose token is always kept, of `"top_left"`,
@@ -68,105 +63,87 @@ class GlimpsePruneConfigMixin:
         max_keep_ratio: upper bound on the kept share of a prompt's visual tokens, or None.
         min_keep_tokens: lower bound on the kept visual tokens of a prompt.
 
+    A family adds:
+
+    Attributes:
+        last_vision_layer: the highest that `vision_layers` may name; the lowest is 0.
+        vision_layer_range: all of them, in words.
+        default_vision_layers: those that are tapped by default.
+        has_vision_windows: whether the vision encoder attends within windows.
+        window_choice: what `predictor_windowed` may be, in words.
+
     Raises:
         ValueError: naming the field and the value that cannot be.
     """
 
     glimpse_base: dict | None = None  # where a published repository's base is: base_weights.py
+    has_vision_windows = False
+    window_choice = ""
 
-    def set_glimpse_fields(
-        self,
-        default_vision_layers: list[int],
-        glimpse_layer: int | None = None,
-        attention_layers: list[int] | None = None,
-        attention_scores: str = "logits",
-        num_glimpse_tokens: int = 1,
-        glimpse_embedding_layers: list[int] | None = None,
-        glimpse_norm: str = "rms_norm",
-        glimpse_dropout: float = 0.0,
-        vision_layers: list[int] | None = None,
-        predictor_hidden_size: int = 256,
-        predictor_condition_size: int = 512,
-        predictor_num_heads: int = 4,
-        predictor_hidden_act: str = "silu",
-        predictor_use_vision: bool = True,
-        predictor_windowed: bool = False,
-        anchor_corners: list[str] | None = None,
-        prune_threshold: float = 0.5,
-        max_keep_ratio: float | None = None,
-        min_keep_tokens: int = 1,
-    ) -> None:
-        """Fill in defaults that depend on the base, store all fields and validate them together."""
-        num_layers = self.get_text_config().num_hidden_layers
-        self.glimpse_layer = int(0.66 * num_layers) if glimpse_layer is None else glimpse_layer
-        self.attention_layers = attention_layers or [self.glimpse_layer]
-        self.attention_scores = attention_scores
-        self.num_glimpse_tokens = num_glimpse_tokens
-        if glimpse_embedding_layers is None:
-            glimpse_embedding_layers = list(range(num_layers)) if num_glimpse_tokens else []
-        self.glimpse_embedding_layers = glimpse_embedding_layers
-        self.glimpse_norm = glimpse_norm
-        self.glimpse_dropout = glimpse_dropout
-        self.vision_layers = default_vision_layers if vision_layers is None else vision_layers
-        self.predictor_hidden_size = predictor_hidden_size
-        self.predictor_condition_size = predictor_condition_size
-        self.predictor_num_heads = predictor_num_heads
-        self.predictor_hidden_act = predictor_hidden_act
-        self.predictor_use_vision = predictor_use_vision
-        self.predictor_windowed = predictor_windowed
-        self.anchor_corners = anchor_corners or []
-        self.prune_threshold = prune_threshold
-        self.max_keep_ratio = max_keep_ratio
-        self.min_keep_tokens = min_keep_tokens
-        self._validate_layers(num_layers)
-        self._validate_modules()
-        validate_selection(prune_threshold, max_keep_ratio, min_keep_tokens)
+    @property
+    def last_vision_layer(self) -> int:
+        raise NotImplementedError
 
-    def _validate_layers(self, num_layers: int) -> None:
-        if not 0 <= self.glimpse_layer < num_layers:
-            raise ValueError(
-                f"glimpse_layer must be one of the decoder's layers 0..{num_layers - 1}, "
-                f"got {self.glimpse_layer}"
-            )
-        if not all(0 <= layer <= self.glimpse_layer for layer in self.attention_layers):
-            raise ValueError(
-                f"attention_layers must lie in 0..glimpse_layer ({self.glimpse_layer}), "
-                f"got {self.attention_layers}"
-            )
-        layers = self.glimpse_embedding_layers
-        if self.num_glimpse_tokens and (not layers or layers[0] != 0):
-            raise ValueError(f"glimpse_embedding_layers must start with layer 0, got {layers}")
-        if list(layers) != sorted(set(layers)) or not all(0 <= i < num_layers for i in layers):
-            raise ValueError(
-                "glimpse_embedding_layers must be ascending layers of the decoder "
-                f"(0..{num_layers - 1}), got {layers}"
-            )
-        if not self.vision_layers:
-            raise ValueError("vision_layers must name at least one vision layer, got none")
+    @property
+    def vision_layer_range(self) -> str:
+        raise NotImplementedError
 
-    def _validate_modules(self) -> None:
-        if self.num_glimpse_tokens < 0:
-            raise ValueError(f"num_glimpse_tokens must not be negative: {self.num_glimpse_tokens}")
-        if self.attention_scores not in ATTENTION_SCORES:
-            raise ValueError(
-                f"attention_scores must be one of {ATTENTION_SCORES}, got {self.attention_scores!r}"
-            )
-        if self.glimpse_norm not in GLIMPSE_NORMS:
-            raise ValueError(
-                f"glimpse_norm must be one of {GLIMPSE_NORMS}, got {self.glimpse_norm!r}"
-            )
-        if not set(self.anchor_corners) <= set(CORNERS):
-            raise ValueError(f"anchor_corners must be among {CORNERS}, got {self.anchor_corners}")
-        widths = self.predictor_hidden_size, self.predictor_condition_size
-        if any(width % (4 * self.predictor_num_heads) for width in widths):
-            raise ValueError(
-                "predictor_hidden_size and predictor_condition_size must be multiples of "
-                f"4 * predictor_num_heads ({4 * self.predictor_num_heads}), got {widths}"
-            )
+    @property
+    def default_vision_layers(self) -> list[int]:
+        raise NotImplementedError
 
+    @property
+    def last_layer(self) -> int:
+        """The decoder's last layer, counted from 0."""
+        return self.get_text_config().num_hidden_layers - 1
 
-_PARAMETERS = inspect.signature(GlimpsePruneConfigMixin.set_glimpse_fields).parameters
-GLIMPSE_FIELDS = tuple(_PARAMETERS)[2:]  # all but self and the family's default
+    @property
+    def predictor_query_size(self) -> int:
+        """Width of the predictor's queries and keys, over all its heads."""
+        condition_size = self.predictor_condition_size if self.predictor_use_vision else 0
+        return self.predictor_hidden_size + condition_size
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As the stock method; fields given in place of the stored ones are validated too."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate_glimpse_fields()
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As the stock method; what could not be loaded again is not written."""
+        self.validate_glimpse_fields()
+        super().save_pretrained(*args, **kwargs)
+
+    def set_glimpse_fields(self, given: dict) -> None:
+        """Store all fields, defaults where none is given, and validate them together."""
+        for name, field in FIELDS.items():
+            default = None if callable(field.default) else field.default
+            value = given.get(name, default)
+            if value is None and callable(field.default):
+                value = field.default(self)
+            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else value)
+        self.validate_glimpse_fields()
+
+    def validate_glimpse_fields(self) -> None:
+        """Check all fields as they stand now.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        for name in FIELDS:
+            self.validate_field(name, getattr(self, name))
+
+    def validate_field(self, name: str, value: object) -> None:
+        """Check a value that a call gives in place of a field's.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        field = FIELDS[name]
+        if not field.holds(value, self):
+            raise ValueError(f"{name} must {field.must.format(config=self)}, got {value!r}")
 
 
 class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
@@ -176,17 +153,25 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
     """
 
     model_type = "glimpseprune_qwen2_5_vl"
+    has_vision_windows = True
+    window_choice = "True or False"
 
     def __init__(self, **kwargs):
         glimpse_fields = take_glimpse_fields(kwargs)
         super().__init__(**kwargs)
-        full_attention_blocks = list(self.vision_config.fullatt_block_indexes)
-        self.set_glimpse_fields(full_attention_blocks[::-1], **glimpse_fields)
-        depth = self.vision_config.depth
-        if not all(0 <= layer < depth for layer in self.vision_layers):
-            raise ValueError(
-                f"vision_layers must be vision blocks 0..{depth - 1}, got {self.vision_layers}"
-            )
+        self.set_glimpse_fields(glimpse_fields)
+
+    @property
+    def last_vision_layer(self) -> int:
+        return self.vision_config.depth - 1
+
+    @property
+    def vision_layer_range(self) -> str:
+        return f"vision blocks 0..{self.last_vision_layer}"
+
+    @property
+    def default_vision_layers(self) -> list[int]:
+        return list(self.vision_config.fullatt_block_indexes)[::-1]
 
 
 class GlimpsePruneLlavaConfigMixin(GlimpsePruneConfigMixin):
@@ -197,25 +182,27 @@ class GlimpsePruneLlavaConfigMixin(GlimpsePruneConfigMixin):
     them, evenly spread from the last but one block's output on: 23, 17, 11 and 5 of 24.
     """
 
-    def set_llava_fields(self, **glimpse_fields) -> None:
-        """Fill in the defaults and check that vision tower and text model are supported.
+    window_choice = "False: CLIP has no attention windows"
+
+    @property
+    def last_vision_layer(self) -> int:
+        return self.vision_config.num_hidden_layers
+
+    @property
+    def vision_layer_range(self) -> str:
+        return f"hidden states 0..{self.last_vision_layer} of the vision tower"
+
+    @property
+    def default_vision_layers(self) -> list[int]:
+        depth = self.vision_config.num_hidden_layers
+        return sorted({depth - 1 - part * depth // 4 for part in range(4)}, reverse=True)
+
+    def validate_glimpse_fields(self) -> None:
+        """Check all fields, and that vision tower and text model are supported.
 
         Raises:
             ValueError: naming the field and the value that cannot be.
         """
-        depth = self._check_parts()
-        spread = sorted({depth - 1 - part * depth // 4 for part in range(4)}, reverse=True)
-        self.set_glimpse_fields(spread, **glimpse_fields)
-        if not all(0 <= layer <= depth for layer in self.vision_layers):
-            raise ValueError(
-                f"vision_layers must be hidden states 0..{depth} of the vision tower, "
-                f"got {self.vision_layers}"
-            )
-        if self.predictor_windowed:
-            raise ValueError("predictor_windowed must be False: CLIP has no attention windows")
-
-    def _check_parts(self) -> int:
-        """Blocks of the vision tower."""
         vision, text = self.vision_config, self.text_config
         if vision.model_type != "clip_vision_model":
             raise ValueError(
@@ -231,7 +218,7 @@ class GlimpsePruneLlavaConfigMixin(GlimpsePruneConfigMixin):
                 f"text_config.sliding_window must be None, got {text.sliding_window}: layers with "
                 "sliding windows cannot be pruned"
             )
-        return vision.num_hidden_layers
+        super().validate_glimpse_fields()
 
 
 class GlimpsePruneLlavaConfig(GlimpsePruneLlavaConfigMixin, LlavaConfig):
@@ -242,7 +229,7 @@ class GlimpsePruneLlavaConfig(GlimpsePruneLlavaConfigMixin, LlavaConfig):
     def __init__(self, **kwargs):
         glimpse_fields = take_glimpse_fields(kwargs)
         super().__init__(**kwargs)
-        self.set_llava_fields(**glimpse_fields)
+        self.set_glimpse_fields(glimpse_fields)
 
 
 class GlimpsePruneLlavaNextConfig(GlimpsePruneLlavaConfigMixin, LlavaNextConfig):
@@ -257,7 +244,15 @@ class GlimpsePruneLlavaNextConfig(GlimpsePruneLlavaConfigMixin, LlavaNextConfig)
     def __init__(self, **kwargs):
         glimpse_fields = take_glimpse_fields(kwargs)
         super().__init__(**kwargs)
-        self.set_llava_fields(**glimpse_fields)
+        self.set_glimpse_fields(glimpse_fields)
+
+    def validate_glimpse_fields(self) -> None:
+        """As for LLaVA, and the strategy.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        super().validate_glimpse_fields()
         if self.vision_feature_select_strategy != "default":
             raise ValueError(
                 "vision_feature_select_strategy must be 'default', "
@@ -266,11 +261,12 @@ class GlimpsePruneLlavaNextConfig(GlimpsePruneLlavaConfigMixin, LlavaNextConfig)
 
 
 def take_glimpse_fields(fields: dict) -> dict:
-    """Take the fields that GlimpsePrune adds out of a configuration's; make the rest portable.
+    """Take the fields that GlimpsePrune adds out of a configuration's.
 
-    The text configuration, where it is a dictionary, is replaced as `portable_text_config` says.
+    The text configuration, where it is a dictionary, is replaced by one that the installed
+    transformers reads.
     """
-    if isinstance(fields.get("text_config"), dict):
+    if isinstance(fields.get("text_config"), dict) and not READS_ROPE_PARAMETERS:
         fields["text_config"] = portable_text_config(**fields)
     return {name: fields.pop(name) for name in GLIMPSE_FIELDS if name in fields}
 
@@ -285,8 +281,11 @@ def portable_text_config(
     """
     text_config = copy.deepcopy(text_config)
     if rotary := text_config.pop("rope_parameters", None):
-        text_config["rope_theta"] = rotary.pop("rope_theta")
-        text_config["rope_scaling"] = rotary
+        if "rope_theta" in rotary:
+            text_config["rope_theta"] = rotary.pop("rope_theta")
+        if rotary and "type" not in rotary:
+            rotary.setdefault("rope_type", "default")
+        text_config["rope_scaling"] = rotary or None
     if tie_word_embeddings is not None:
         text_config["tie_word_embeddings"] = tie_word_embeddings
     return text_config

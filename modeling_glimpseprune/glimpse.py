@@ -3,11 +3,15 @@
 These are the only weights GlimpsePrune adds to its base (paper, sections 3.1 and 3.2).
 """
 
+import copy
+
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from .glimpse_fields import BUILT_IN_FIELDS
 from .importance_predictor import RMSNorm, TokenGroup, VisualImportancePredictor
+from .low_rank import ATTENTION_MAPS, MLP_MAPS, STALE_MAPS, low_rank_additions
 
 logger = logging.get_logger(__name__)
 
@@ -52,27 +56,59 @@ class GlimpseToken(nn.Module):
 class Glimpse(nn.Module):
     """Glimpse token, visual importance predictor, and whether they were trained.
 
+    `token_additions` and `stale_additions` are low-rank additions to the decoder's maps, for the
+    glimpse tokens and for the stale states of a look-ahead; None where the configuration has none.
     `trained` is saved with the weights, so a checkpoint that lacks any of them is known for it.
 
     Args:
         config: a GlimpsePrune configuration.
         vision_size: width of the tapped vision features.
+
+    Raises:
+        ValueError: naming a field of the configuration and its value that cannot be.
     """
 
     def __init__(self, config, vision_size: int):
         super().__init__()
+        config.validate_glimpse_fields()
+        self.built_for = {name: copy.copy(getattr(config, name)) for name in BUILT_IN_FIELDS}
         text_config = config.get_text_config()
         self.attention_layers = list(config.attention_layers)
         self.log_probabilities = config.attention_scores == "log_probabilities"
         self.token = None
         if config.num_glimpse_tokens:
             self.token = GlimpseToken(config, text_config.hidden_size, text_config.rms_norm_eps)
+        layers = range(config.glimpse_layer + 1)
         self.token_additions = self.stale_additions = None
+        if config.glimpse_lora_rank and config.num_glimpse_tokens:
+            self.token_additions = low_rank_additions(
+                text_config, layers, (*ATTENTION_MAPS, *MLP_MAPS), config.glimpse_lora_rank
+            )
+        if config.stale_rank:
+            self.stale_additions = low_rank_additions(
+                text_config, layers[1:], STALE_MAPS, config.stale_rank
+            )
+        if self.token_additions is not None or self.stale_additions is not None:
+            self.built_for["glimpse_layer"] = config.glimpse_layer
         self.predictor = VisualImportancePredictor(
             config, text_config.num_attention_heads, vision_size
         )
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
         self.declared_untrained = False
+
+    def check_built_for(self, config) -> None:
+        """Refuse a configuration that was changed where these weights depend on it.
+
+        Raises:
+            ValueError: naming the field and both values.
+        """
+        for name, built in self.built_for.items():
+            now = getattr(config, name)
+            if now != built:
+                raise ValueError(
+                    f"{name} is {now!r}, but the model was built with {built!r}, which shapes its "
+                    "weights: build or load another model for that"
+                )
 
     def declare_untrained(self) -> None:
         """Note, and say once, that some of these weights did not come from training."""

@@ -57,6 +57,8 @@ class GlimpseRecord(KeptCounts):
             width, all in tokens.
         kinds: `"image"` or `"video"`, one an item.
         sizes: tokens of each item.
+        glimpse_layer: K, where the glimpse's attention was read.
+        prune_layer: P, after whose attention the tokens are dropped.
     """
 
     importance: torch.Tensor | None
@@ -65,6 +67,8 @@ class GlimpseRecord(KeptCounts):
     geometry: torch.Tensor
     kinds: list[str]
     sizes: list[int]
+    glimpse_layer: int
+    prune_layer: int
 
     @property
     def visuals(self) -> list[VisualRecord]:

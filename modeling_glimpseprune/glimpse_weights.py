@@ -5,6 +5,7 @@ from torch import nn
 from .base_weights import located_weights, own_weights
 from .glimpse import Glimpse, GlimpseToken
 from .importance_predictor import RMSNorm
+from .low_rank import LowRankAddition
 from .stock import warn_if_untested
 
 
@@ -43,4 +44,6 @@ class GlimpseWeightsMixin:
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
+            if isinstance(module, LowRankAddition):
+                nn.init.zeros_(module.up.weight)
             glimpse.declare_untrained()

@@ -119,7 +119,7 @@ class VisualImportancePredictor(nn.Module):
             PredictorLayer(config, condition_size) for _ in range(num_layers)
         )
         self.output_projection = nn.Linear(size, 1)
-        self.rotary_size = (size + condition_size) // config.predictor_num_heads
+        self.rotary_size = config.predictor_query_size // config.predictor_num_heads
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
+from .glimpse_fields import FIELDS  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401

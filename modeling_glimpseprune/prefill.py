@@ -98,7 +98,14 @@ class Prefill:
             ).to(attention.device)
             keep = self._select(importance.detach())
         self.decoder_run.cache.glimpse = GlimpseRecord(
-            importance, keep, tokens.rows, tokens.geometry, tokens.kinds, tokens.sizes
+            importance,
+            keep,
+            tokens.rows,
+            tokens.geometry,
+            tokens.kinds,
+            tokens.sizes,
+            request.glimpse_layer,
+            request.prune_layer,
         )
         return keep
 

@@ -15,12 +15,12 @@ class PruneRequest:
     Attributes:
         glimpse: the trained modules.
         tokens: the batch's visual tokens.
-        glimpse_layer: K, the last layer whose attention may be read; -1 prunes before the decoder,
-            with a mask given by the caller.
-        prune_layer: P, the last layer that sees every token; below K the glimpse is read ahead.
+        glimpse_layer: K, the last layer whose attention is read.
         predictor_window: side of the predictor's attention windows in tokens, or None.
         anchor_corners: corners whose token is always kept.
         prune_threshold, max_keep_ratio, min_keep_tokens: see `select_visual_tokens`.
+        prune_layer: P, the last layer that sees every token; below K the glimpse is read ahead. -1
+            prunes before the decoder, with a mask given by the caller.
         visual_keep_mask: `(N,)` bool given by the caller; no glimpse is taken then.
         visual_log_keep: `(N,)` a soft mask given by the caller; no glimpse is taken, and every
             token stays.
@@ -34,18 +34,31 @@ class PruneRequest:
     glimpse: Glimpse
     tokens: VisualTokens
     glimpse_layer: int
-    prune_layer: int
     predictor_window: int | None
     anchor_corners: list[str]
     prune_threshold: float
     max_keep_ratio: float | None
     min_keep_tokens: int
+    prune_layer: int
     visual_keep_mask: torch.Tensor | None = None
     visual_log_keep: torch.Tensor | None = None
     prompt_length: int | None = None
     in_place: bool = False
     only_glimpse: bool = False
     compact_output: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what no prefill can do.
+
+        Raises:
+            ValueError: when the completion should see a glimpse that is not in the sequence.
+        """
+        if self.in_place and self.runs_beside:
+            raise ValueError(
+                "in_place needs the glimpse token in the sequence, so prune_layer must be "
+                f"glimpse_layer ({self.glimpse_layer}) and glimpse_lora_rank 0; got prune_layer "
+                f"{self.prune_layer}"
+            )
 
     @property
     def takes_glimpse(self) -> bool:

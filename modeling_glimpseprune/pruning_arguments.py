@@ -7,6 +7,7 @@ from functools import wraps
 
 import torch
 
+CALL_SETTINGS = ("prune_threshold", "max_keep_ratio", "min_keep_tokens", "prune_layer")
 HIDDEN = ("only_glimpse", "compact_output", "visual_log_keep")  # not for `generate`
 
 
@@ -16,7 +17,8 @@ class PruningArguments:
 
     Attributes:
         prune: False runs exactly the stock model.
-        prune_threshold, max_keep_ratio, min_keep_tokens: override the configuration for one call.
+        prune_threshold, max_keep_ratio, min_keep_tokens, prune_layer: override the configuration
+            for one call.
         visual_keep_mask: `(num_visual_tokens,)` bool over the batch in prompt order, the caller's
             own choice; no glimpse is taken.
         visual_log_keep: `(num_visual_tokens,)` float, at most 0: a soft mask for training, not for
@@ -40,6 +42,7 @@ class PruningArguments:
     prune_threshold: float | None = None
     max_keep_ratio: float | None = None
     min_keep_tokens: int | None = None
+    prune_layer: int | None = None
     visual_keep_mask: torch.Tensor | None = None
     visual_log_keep: torch.Tensor | None = None
     prompt_length: int | None = None

@@ -6,13 +6,17 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .configuration_glimpseprune import validate_selection
 from .glimpse import Glimpse
 from .glimpse_weights import GlimpseWeightsMixin
 from .later_turns import later_positions, new_visuals, past_length, prompt_positions
 from .prune_request import PruneRequest
 from .pruned_cache import pruned_layer
-from .pruning_arguments import PruningArguments, validate_keep_mask, validate_log_keep
+from .pruning_arguments import (
+    CALL_SETTINGS,
+    PruningArguments,
+    validate_keep_mask,
+    validate_log_keep,
+)
 from .stock import embeddings_of, given_cache, in_stock_form, take_cache
 from .visual_features import VisualFeatures, tap_outputs
 from .visual_tokens import collect_visual_tokens
@@ -40,6 +44,15 @@ class PruningModelMixin(GlimpseWeightsMixin):
     def glimpse_module(self) -> Glimpse:
         return self.glimpse
 
+    def check_config(self) -> None:
+        """Check the configuration, whose fields may have been set since the model was built.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        self.config.validate_glimpse_fields()
+        self.glimpse.check_built_for(self.config)
+
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
         raise NotImplementedError
@@ -66,7 +79,11 @@ class PruningModelMixin(GlimpseWeightsMixin):
         Args:
             kind: `"image"` or `"video"`.
             inputs: what the stock method `get_image_features` or `get_video_features` takes.
+
+        Raises:
+            ValueError: for a field of the configuration that cannot be.
         """
+        self.check_config()
         encode = getattr(super(), f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
             outputs = encode(**inputs)
@@ -257,11 +274,14 @@ class PruningModelMixin(GlimpseWeightsMixin):
             ValueError: for a setting out of range or a keep mask that does not fit.
         """
         config = self.config
+        self.check_config()
         settings = {}
-        for name in ("prune_threshold", "max_keep_ratio", "min_keep_tokens"):
+        for name in CALL_SETTINGS:
             given = getattr(arguments, name)
             settings[name] = getattr(config, name) if given is None else given
-        validate_selection(**settings)
+            config.validate_field(name, settings[name])
+        if settings["prune_layer"] is None:
+            settings["prune_layer"] = config.glimpse_layer
         tokens = collect_visual_tokens(encoded, masks)
         if arguments.visual_keep_mask is not None:
             validate_keep_mask(arguments.visual_keep_mask, tokens.total)
@@ -271,7 +291,6 @@ class PruningModelMixin(GlimpseWeightsMixin):
             glimpse=self.glimpse,
             tokens=tokens,
             glimpse_layer=config.glimpse_layer,
-            prune_layer=config.glimpse_layer,
             predictor_window=self.predictor_window if config.predictor_windowed else None,
             anchor_corners=config.anchor_corners,
             visual_keep_mask=arguments.visual_keep_mask,

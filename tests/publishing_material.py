@@ -16,7 +16,7 @@ from conversion.trained_glimpse import read_trained_glimpse
 from glimpseprune.families import QWEN2_5_VL
 from glimpseprune.hub.shards import find_shards, load_tensors
 from glimpseprune.loading import TINY_MODEL
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 BASE_NAME, MERGED_NAME = "org/tiny-base", "org/tiny-merged"
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TRANSFORMERS_5
 from PIL import Image
+from reference import score_slowly
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -182,32 +184,32 @@ def write_base(folder: Path, stock=None, num_shards: int = 1, published_names: b
     return folder
 
 
-def official_modules() -> dict:
+def official_modules(fuse: int = FUSE, condition: int = CONDITION, with_vision=True) -> dict:
     """Random tensors as the official code names and nests them."""
     torch.manual_seed(1)
-    joint, attention_width = FUSE + CONDITION, HEADS
+    joint, attention_width = fuse + condition * with_vision, HEADS
     shapes = {
-        "attn_in_proj.weight": (FUSE, attention_width),
-        "attn_in_proj.bias": (FUSE,),
-        "attn_out_projs.1.weight": (1, FUSE),
+        "attn_in_proj.weight": (fuse, attention_width),
+        "attn_in_proj.bias": (fuse,),
+        "attn_out_projs.1.weight": (1, fuse),
         "attn_out_projs.1.bias": (1,),
     }
     for layer in (0, 1):
-        shapes[f"cond_in_projs.{layer}.weight"] = (CONDITION, VISION_HIDDEN)
-        shapes[f"cond_in_projs.{layer}.bias"] = (CONDITION,)
+        shapes[f"cond_in_projs.{layer}.weight"] = (condition, VISION_HIDDEN)
+        shapes[f"cond_in_projs.{layer}.bias"] = (condition,)
         for name, shape in {
-            "norm1.weight": (FUSE,),
-            "norm2.weight": (FUSE,),
+            "norm1.weight": (fuse,),
+            "norm2.weight": (fuse,),
             "attn.q_proj.weight": (joint, joint),
             "attn.k_proj.weight": (joint, joint),
-            "attn.v_proj.weight": (FUSE, FUSE),
-            "attn.o_proj.weight": (FUSE, FUSE),
-            "mlp.gate_proj.weight": (2 * FUSE, FUSE),
-            "mlp.gate_proj.bias": (2 * FUSE,),
-            "mlp.up_proj.weight": (2 * FUSE, FUSE),
-            "mlp.up_proj.bias": (2 * FUSE,),
-            "mlp.down_proj.weight": (FUSE, 2 * FUSE),
-            "mlp.down_proj.bias": (FUSE,),
+            "attn.v_proj.weight": (fuse, fuse),
+            "attn.o_proj.weight": (fuse, fuse),
+            "mlp.gate_proj.weight": (2 * fuse, fuse),
+            "mlp.gate_proj.bias": (2 * fuse,),
+            "mlp.up_proj.weight": (2 * fuse, fuse),
+            "mlp.up_proj.bias": (2 * fuse,),
+            "mlp.down_proj.weight": (fuse, 2 * fuse),
+            "mlp.down_proj.bias": (fuse,),
         }.items():
             shapes[f"layers.{layer}.{name}"] = shape
     return {
@@ -284,6 +286,42 @@ def test_glimpse_weights_are_the_official_ones(tmp_path, base, official):
         (predictor.output_projection.weight, fuser["attn_out_projs.1.weight"]),
     ]
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize(
+    ("fuse", "condition", "heads", "fuser"),
+    [
+        (24, 40, 4, "AttnFuserV1"),  # heads of 16, though neither width is a multiple of 16
+        (12, 24, 3, "AttnFuserV1"),
+        (24, 30, 2, "AttnFuserV2"),  # without vision features their width does not matter
+    ],
+)
+@torch.no_grad()
+def test_widths_that_the_official_code_takes(tmp_path, fuse, condition, heads, fuser):
+    """The converted predictor scores as a slow one written from the paper."""
+    stock = build_stock(rope_theta=10_000.0)
+    base = write_base(tmp_path / "base", stock)
+    change_json(base / "config.json", rope_theta=10_000.0)
+    fields = {"attn_fuse_size": fuse, "visual_cond_size": condition, "attn_fuse_num_heads": heads}
+    modules = official_modules(fuse, condition, with_vision=fuser == "AttnFuserV1")
+    official = write_official(
+        tmp_path / "official", modules, **fields, attn_fuse_type=fuser, rope_theta=10_000.0
+    )
+    convert(base, official, tmp_path / "out")
+    model = load(tmp_path / "out")
+    ids = [5, TOKEN_IDS["<|vision_start|>"], *[TOKEN_IDS["<|image_pad|>"]] * 6]
+    prompt = {
+        "input_ids": torch.tensor([[*ids, TOKEN_IDS["<|vision_end|>"], 7, 8]]),
+        "pixel_values": torch.randn(24, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+    }
+    if TRANSFORMERS_5:
+        is_image = prompt["input_ids"] == TOKEN_IDS["<|image_pad|>"]
+        prompt["mm_token_type_ids"] = is_image.int()
+    scores = model.glimpse(**prompt).importance
+    expected = score_slowly(stock, model.model.glimpse, model.config, prompt)
+    # sums of a few dozen float32 products of order one, in another order
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_index_names_every_tensor_and_its_shard(tmp_path, official):

@@ -375,7 +375,7 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
             zeros[:, 0], zeros[:, 1], features, zeros, ["image", "image"], [10, 10]
         )
         request = PruneRequest(
-            model.glimpse, tokens, glimpse_layer, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1
+            model.glimpse, tokens, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1, glimpse_layer
         )
         cache = DynamicCache()
         for length, prune_request in ((16, request), (1, None)):

@@ -293,6 +293,11 @@ GLIMPSE_VARIANTS = {
     "layer_norm": {"glimpse_norm": "layer_norm"},
     "windowed": {"predictor_windowed": True},
     "without_vision": {"predictor_use_vision": False},
+    "uneven_widths": {
+        "predictor_hidden_size": 24,
+        "predictor_condition_size": 40,
+        "predictor_num_heads": 4,
+    },
     "three_taps": {"vision_layers": [2, 0, 1]},
 }
 

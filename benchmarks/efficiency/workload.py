@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrained
 from conversion.hub_configs import HUB_CONFIGS
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import read_json
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 SCALED = "scaled"

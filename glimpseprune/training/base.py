@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
-from modeling_glimpseprune.configuration_glimpseprune import GLIMPSE_FIELDS
+from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 from ..families import Family, family_of
 

@@ -12,6 +12,7 @@ holds each assumption against the installed release, so that the next change fai
 """
 
 import inspect
+import os
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, cac
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
 
@@ -30,6 +31,10 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 CACHE_NAMES = ("cache", "past_key_values")
 _SHOWN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = next(name for name in CACHE_NAMES if name in _SHOWN)
+
+# Whether `generate` encodes visuals once, takes them encoded (as `mm_encoder_outputs`), and repeats
+# them so for beams.
+ENCODES_FIRST = hasattr(GenerationMixin, "_expand_multimodal_outputs")
 
 # transformers 5 has quantized layers of more than one kind.
 QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -185,6 +190,13 @@ def tokens_behind(past: int, real: torch.Tensor | int) -> torch.Tensor | int:
 def counts_positions(model_class: type) -> bool:
     """Whether `generate` counts rotary positions itself, and brings later turns' visuals along."""
     return hasattr(model_class, "_prepare_position_ids_for_generation")
+
+
+def file_of(repository: str | os.PathLike, name: str, **hub_arguments) -> str | None:
+    """Where a file of a folder or Hub repository lies, or None where there is none."""
+    return cached_file(
+        repository, name, _raise_exceptions_for_missing_entries=False, **hub_arguments
+    )
 
 
 def save_under_own_names(model: PreTrainedModel) -> None:

@@ -46,6 +46,7 @@ IDLE_ARGUMENTS = frozenset(
         "mm_token_type_ids",  # the backbone reads placeholders from the ids
         "num_items_in_batch",  # of the loss
         "rope_deltas",
+        "shift_labels",  # of the loss
         "token_type_ids",
     }
 )
@@ -108,7 +109,7 @@ def outputs_with_cache(last_hidden_state: torch.Tensor, cache: Cache | None, **f
 
 
 def refuse_unknown_tensors(arguments: dict) -> None:
-    """Refuse tensors that a pruned prefill would ignore.
+    """Refuse tensors, alone or in containers, that a pruned prefill would ignore.
 
     Args:
         arguments: what is left of a text model's keyword arguments.
@@ -117,12 +118,21 @@ def refuse_unknown_tensors(arguments: dict) -> None:
         ValueError: naming the argument.
     """
     for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and name not in IDLE_ARGUMENTS:
+        if name not in IDLE_ARGUMENTS and _holds_tensors(value):
             raise ValueError(
                 f"{name!r} is an argument that a prompt with pruning does not know, so it would be "
                 f"ignored (tested with transformers up to {NEWEST_TESTED}): leave it out, or use "
                 "prune=False"
             )
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether it is a tensor, or a dictionary, list or tuple that holds one at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def causal_mask(

@@ -268,6 +268,7 @@ def test_what_a_quantized_cache_cannot_do(shared_models, build_batch):
     models, batch = shared_models(24), build_batch(ONE)
     cache = rounded_cache(models.pruned, 2.0**-20)
     output = generate(models.pruned, batch.inputs, 2, **given_cache(cache), max_keep_ratio=0.4)
+    assert not getattr(cache, "is_croppable", False)  # as newer releases ask before they crop
     for change in (
         lambda: cache.crop(-1),
         lambda: cache.batch_repeat_interleave(2),

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
-from modeling_glimpseprune.stock import TRANSFORMERS_5, cache_of
+from modeling_glimpseprune.stock import ENCODES_FIRST, cache_of
 
 from .baselines.method import Method, PreparedBatch
 from .baselines.model_sizes import ModelSizes
@@ -109,8 +109,7 @@ def prepare_batch(
     questions = [sample.question for sample in samples]
     inputs = prepare(processor, images if with_images else None, questions).to(model.device)
     start = time.perf_counter()
-    shares = with_images and TRANSFORMERS_5  # transformers 4 generates from pixels only
-    encoded = encode_images(model, inputs) if shares else inputs
+    encoded = encode_images(model, inputs) if with_images and ENCODES_FIRST else inputs
     seconds = time.perf_counter() - start
     counts = model.model.visual_counts(**inputs)
     return PreparedBatch(list(samples), inputs, counts, encoded), seconds

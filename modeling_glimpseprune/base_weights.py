@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .stock import save_under_own_names
+from .stock import file_of, save_under_own_names
 
 GLIMPSE_PREFIX = "model.glimpse."
 GLIMPSE_SHARD = "model-glimpse.safetensors"
@@ -32,7 +32,6 @@ INDEX_FILE = "model.safetensors.index.json"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 PLACE_ARGUMENTS = ("revision", "subfolder")
 COMPANIONS = ("config.json", "generation_config.json")
-MAY_BE_ABSENT = {"_raise_exceptions_for_missing_entries": False}
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def located_weights(
     own_arguments = hub_arguments | place
     with tempfile.TemporaryDirectory() as folder:
         for name in COMPANIONS:
-            file = cached_file(repository, name, **own_arguments, **MAY_BE_ABSENT)
+            file = file_of(repository, name, **own_arguments)
             if file is not None:
                 Path(folder, name).write_bytes(Path(file).read_bytes())
         glimpse = os.path.abspath(cached_file(repository, GLIMPSE_SHARD, **own_arguments))
@@ -105,10 +104,10 @@ def _base_weight_map(base: dict, hub_arguments: dict) -> dict[str, str]:
     if not repository:
         raise ValueError("glimpse_base must name the repository of the base, which is not included")
     hub_arguments = hub_arguments | ({"revision": revision} if revision else {})
-    single = cached_file(repository, SINGLE_FILE, **hub_arguments, **MAY_BE_ABSENT)
+    single = file_of(repository, SINGLE_FILE, **hub_arguments)
     if single is not None:
         return dict.fromkeys(_names(single), os.path.abspath(single))
-    index = cached_file(repository, INDEX_FILE, **hub_arguments, **MAY_BE_ABSENT)
+    index = file_of(repository, INDEX_FILE, **hub_arguments)
     if index is None:
         raise OSError(
             f"the base {repository} (revision {revision or 'main'}) holds neither {SINGLE_FILE} "

@@ -134,6 +134,8 @@ class PrunedQuantizedLayer(PrunedLayer):
         store: transformers' quantized layer.
     """
 
+    is_croppable = False  # asked before assisted decoding on newer releases
+
     def __init__(self, store: DynamicLayer):
         super().__init__()
         self.store = store

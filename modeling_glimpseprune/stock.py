@@ -12,6 +12,7 @@ holds each assumption against the installed release, so that the next change fai
 """
 
 import inspect
+import os
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, cac
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
 
@@ -30,6 +31,10 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 CACHE_NAMES = ("cache", "past_key_values")
 _SHOWN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = next(name for name in CACHE_NAMES if name in _SHOWN)
+
+# Whether `generate` encodes visuals once, takes them encoded (as `mm_encoder_outputs`), and repeats
+# them so for beams.
+ENCODES_FIRST = hasattr(GenerationMixin, "_expand_multimodal_outputs")
 
 # transformers 5 has quantized layers of more than one kind.
 QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -41,6 +46,7 @@ IDLE_ARGUMENTS = frozenset(
         "mm_token_type_ids",  # the backbone reads placeholders from the ids
         "num_items_in_batch",  # of the loss
         "rope_deltas",
+        "shift_labels",  # of the loss
         "token_type_ids",
     }
 )
@@ -103,7 +109,7 @@ def outputs_with_cache(last_hidden_state: torch.Tensor, cache: Cache | None, **f
 
 
 def refuse_unknown_tensors(arguments: dict) -> None:
-    """Refuse tensors that a pruned prefill would ignore.
+    """Refuse tensors, alone or in containers, that a pruned prefill would ignore.
 
     Args:
         arguments: what is left of a text model's keyword arguments.
@@ -112,12 +118,21 @@ def refuse_unknown_tensors(arguments: dict) -> None:
         ValueError: naming the argument.
     """
     for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and name not in IDLE_ARGUMENTS:
+        if name not in IDLE_ARGUMENTS and _holds_tensors(value):
             raise ValueError(
                 f"{name!r} is an argument that a prompt with pruning does not know, so it would be "
                 f"ignored (tested with transformers up to {NEWEST_TESTED}): leave it out, or use "
                 "prune=False"
             )
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether it is a tensor, or a dictionary, list or tuple that holds one at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 def causal_mask(
@@ -207,6 +222,13 @@ def tokens_behind(past: int, real: torch.Tensor | int) -> torch.Tensor | int:
 def counts_positions(model_class: type) -> bool:
     """Whether `generate` counts rotary positions itself, and brings later turns' visuals along."""
     return hasattr(model_class, "_prepare_position_ids_for_generation")
+
+
+def file_of(repository: str | os.PathLike, name: str, **hub_arguments) -> str | None:
+    """Where a file of a folder or Hub repository lies, or None where there is none."""
+    return cached_file(
+        repository, name, _raise_exceptions_for_missing_entries=False, **hub_arguments
+    )
 
 
 def save_under_own_names(model: PreTrainedModel) -> None:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from llava_prompts import PATCH, SIDE, best_tiles, grid_of
 
+from modeling_glimpseprune.stock import cache_of
+
 PIXEL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
@@ -61,7 +63,7 @@ def run_hidden(
             use_cache=True,
             **pixels,
         )
-    layers = outputs.past_key_values.layers
+    layers = cache_of(outputs).layers
     keys, values = ([getattr(layer, name)[0] for layer in layers] for name in ("keys", "values"))
     return ReferenceOutput(outputs.logits[0], keys, values, ~dropped)
 
@@ -264,7 +266,7 @@ def _run_with_glimpse(stock, weights: dict, config, prompt: dict):
     outputs = text_model(inputs_embeds=embeddings, position_ids=position_ids, use_cache=True)
     for hook in hooks:
         hook.remove()
-    keys = [layer.keys[0] for layer in outputs.past_key_values.layers]
+    keys = [layer.keys[0] for layer in cache_of(outputs).layers]
     return inputs, keys, position_ids.flatten()[-1].item()
 
 

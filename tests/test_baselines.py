@@ -30,6 +30,7 @@ from glimpseprune.baselines.uniform_grid import UniformGrid, grid_points
 from glimpseprune.baselines.visionzip import VisionZip, zip_tokens
 from glimpseprune.loading import TINY_MODEL, load_model
 from glimpseprune.sample import Sample
+from modeling_glimpseprune.stock import cache_of
 
 LAYERS, K, NEW_TOKENS = 6, 2, 4
 GRIDS = [(4, 5), (6, 3)]
@@ -74,7 +75,7 @@ def answer(models, batch, method: Method):
             do_sample=False,
             return_dict_in_generate=True,
         )
-    cache, length = generated.past_key_values, batch.inputs["input_ids"].shape[1]
+    cache, length = cache_of(generated), batch.inputs["input_ids"].shape[1]
     if application.masks is None:
         kept = [cache.glimpse.keep_mask] * LAYERS
         assert (cache.layers[0].dropped > 0) == (not cache.glimpse.keep_mask.all())
@@ -433,7 +434,7 @@ def answer_of_stock(models, batch):
             return_dict_in_generate=True,
         )  # fmt: skip
     sizes = ModelSizes.of(models.pruned.config)
-    counts = application.tokens_by_layer(generated.past_key_values, batch.visual_counts, sizes)
+    counts = application.tokens_by_layer(cache_of(generated), batch.visual_counts, sizes)
     return generated.sequences[:, batch.inputs["input_ids"].shape[1] :], None, counts
 
 

@@ -392,7 +392,7 @@ text = "<|vision_start|><|image_pad|><|vision_end|>What?"
 image = Image.new("RGB", (84, 112), "red")
 inputs = processor(text=[text], images=[image], return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, eos_token_id=None)
-record = output.past_key_values.glimpse
+record = output["cache" if "cache" in output else "past_key_values"].glimpse
 assert record.visuals[0].grid == (1, 4, 3) and 1 <= record.kept <= record.total == 12
 print("tokens", output.sequences.shape[1] - inputs["input_ids"].shape[1])
 """

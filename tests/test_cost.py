@@ -26,6 +26,7 @@ from benchmarks.prefill_flops import (
     stock_prefill,
 )
 from modeling_glimpseprune import decoder_layers
+from modeling_glimpseprune.stock import cache_of
 
 TEXT, GRID = [3, 4], (9, 11)  # text tokens before and after an image of 9 x 11 visual tokens
 VISION_TOKENS = 2  # <|vision_start|> and <|vision_end|>
@@ -101,7 +102,7 @@ def rotary_flops(decoder: Decoder, tokens: int) -> int:
 def test_formula_agrees_with_the_counter(models, batch, kept_ratio):
     settings = {"prune_threshold": 0.0, "max_keep_ratio": kept_ratio}
     decoder, predictor = geometry(models.pruned)
-    kept = run(models.pruned, batch, **settings).past_key_values.glimpse.kept
+    kept = cache_of(run(models.pruned, batch, **settings)).glimpse.kept
     text = sum(TEXT) + VISION_TOKENS
     visual = math.prod(GRID)
     expected = pruned_prefill(decoder, predictor, 3, text, visual, kept)
@@ -186,7 +187,7 @@ def test_memory_of_a_prefill(models, monkeypatch):
 @torch.no_grad()
 def test_a_cache_holds_kept_tokens_only(models, batch):
     text_config = models.pruned.config.text_config
-    cache = run(models.pruned, batch, prune_threshold=0.0, max_keep_ratio=0.2).past_key_values
+    cache = cache_of(run(models.pruned, batch, prune_threshold=0.0, max_keep_ratio=0.2))
     tokens = sum(TEXT) + VISION_TOKENS + int(0.2 * math.prod(GRID))
     size = text_config.hidden_size // text_config.num_attention_heads
     heads = text_config.num_key_value_heads

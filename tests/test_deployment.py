@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from glimpseprune.families import QWEN2_5_VL
 from modeling_glimpseprune.prefill import Prefill
 from modeling_glimpseprune.prune_request import PruneRequest
+from modeling_glimpseprune.stock import cache_of, given_cache
 from modeling_glimpseprune.visual_tokens import VisualTokens
 
 # Attention implementations.
@@ -80,7 +81,7 @@ def test_half_precision_stays_near(build_models, build_batch, dtype):
     scores = model.glimpse(**batch.inputs).importance
     assert scores.isfinite().all()
     assert torch.corrcoef(torch.stack([scores.float(), importance]))[0, 1] > 0.98
-    assert generate(model, batch.inputs).past_key_values.layers[0].keys.dtype == dtype
+    assert cache_of(generate(model, batch.inputs)).layers[0].keys.dtype == dtype
 
 
 @pytest.mark.feature("device_map, disk offload")
@@ -129,11 +130,11 @@ def test_an_adapter_on_the_language_model(build_models, build_batch):
     adapted = peft.get_peft_model(models.pruned, config)
     settings = {"max_keep_ratio": 0.4}
     output = generate(adapted, batch.inputs, **settings)
-    importance = output.past_key_values.glimpse.importance
+    importance = cache_of(output).glimpse.importance
     assert (importance - before).abs().max() > 1e-2
     merged = generate(adapted.merge_and_unload(), batch.inputs, **settings)
     assert_same_output(output, merged, 1e-4)
-    assert_near(merged.past_key_values.glimpse.importance, importance)
+    assert_near(cache_of(merged).glimpse.importance, importance)
 
 
 @pytest.mark.feature("gradient checkpointing")
@@ -175,7 +176,7 @@ def test_checkpointed_stage_1_gradients_equal_kept_ones(build_models, build_batc
             arguments = {"use_reentrant": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
         outputs = model(**inputs, in_place=True, use_cache=True)
-        scores = outputs.past_key_values.glimpse.importance
+        scores = cache_of(outputs).glimpse.importance
         (outputs.loss + scores.sigmoid().sum()).backward()
         glimpse = model.model.glimpse
         found.append([weight.grad.clone() for weight in glimpse.parameters()])
@@ -327,7 +328,7 @@ def test_an_offloaded_cache_is_pruned(shared_models, build_batch, monkeypatch):
     keep = random_keep(batch)
     options = {"cache_implementation": "offloaded", "visual_keep_mask": keep}
     output = generate(models.pruned, batch.inputs, **options)
-    assert output.past_key_values.offloading
+    assert cache_of(output).offloading
     assert_equals_reference(models, batch, output, batch.split(keep))
 
 
@@ -384,7 +385,7 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
                 inputs_embeds=torch.empty(2, length, 32, device="cuda:0"),
                 attention_mask=torch.ones(2, past + length, dtype=torch.long, device="cuda:0"),
                 position_ids=torch.zeros(3, 2, length, dtype=torch.long, device="cuda:0"),
-                past_key_values=cache,
+                **given_cache(cache),
                 use_cache=True,
                 prune_request=prune_request,
             )

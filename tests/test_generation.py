@@ -29,6 +29,8 @@ from test_invariants import (
     training_inputs,
 )
 
+from modeling_glimpseprune.stock import cache_of
+
 
 def reference_logits(models: Models, prompt: dict, completion, keep: torch.Tensor) -> torch.Tensor:
     """`(T + 1, vocabulary)` after the prompt and after each token of a completion `(T,)`."""
@@ -123,7 +125,7 @@ def test_assisted_decoding_equals_hidden(shared_models, build_batch, drafter):
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     drafting = {"assistant_model": assistant, "eos_token_id": 199}  # 4.57 needs the latter
     output = generate(models.pruned, batch.inputs, 12, **drafting)
-    assert_equals_reference(models, batch, output, [output.past_key_values.glimpse.keep_mask])
+    assert_equals_reference(models, batch, output, [cache_of(output).glimpse.keep_mask])
 
 
 @pytest.mark.feature("constraints")

@@ -20,6 +20,7 @@ from conversion.convert_official import convert
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError
 from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
+from modeling_glimpseprune.stock import cache_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("GLIMPSEPRUNE_GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
@@ -206,7 +207,7 @@ def test_golden_glimpse_inputs(load_model, case):
 def test_golden_pruned_cache(load_model, case):
     """The keys that are left hold the kept tokens at their own positions."""
     sample, _ = load_samples(case)
-    cache = generate(load_model(case), sample, max_new_tokens=1).past_key_values
+    cache = cache_of(generate(load_model(case), sample, max_new_tokens=1))
     lengths = [layer.keys.shape[-2] for layer in cache.layers]
     assert lengths == sample.target["kv_lens_after_prefill"].tolist()
     real = sample.target["reduced_attention_mask"].bool()
@@ -235,7 +236,7 @@ def test_golden_greedy_tokens(load_model, case):
         output = generate(load_model(case), sample)
         assert new_tokens(output, sample) == sample.target["generated_ids"].tolist()
         assert_near(step_logits(output, sample), sample.target["step_logits"], LOGIT_TOLERANCE)
-        record = output.past_key_values.glimpse
+        record = cache_of(output).glimpse
         assert torch.equal(record.keep_mask, sample.target["image_token_keep_mask"])
 
 
@@ -281,6 +282,6 @@ def test_golden_from_the_authors_base(case, tmp_path):
     for sample in load_samples(case)[1]:
         output = generate(model, sample)
         assert new_tokens(output, sample) == sample.target["generated_ids"].tolist()
-        record = output.past_key_values.glimpse
+        record = cache_of(output).glimpse
         assert_near(record.importance, sample.target["image_token_mask_logits"], SCORE_TOLERANCE)
         assert torch.equal(record.keep_mask, sample.target["image_token_keep_mask"])

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from modeling_glimpseprune import decoder_layers
 from modeling_glimpseprune.pruned_cache import PrunedLayer
+from modeling_glimpseprune.stock import cache_of, given_cache
 
 PROMPTS = {
     "one_image": [[3, (3, 4), 4]],
@@ -76,7 +77,7 @@ def assert_equals_reference(
         logits = expected.logits[prompt["input_ids"].shape[1] - 1 + first_step :]
         assert_near(step_logits(output, row), logits)
         assert torch.equal(completion[first_step:], logits.argmax(-1))
-        assert_cache_equals(output.past_key_values, row, expected)
+        assert_cache_equals(cache_of(output), row, expected)
 
 
 def assert_cache_equals(cache, row: int, expected) -> None:
@@ -162,7 +163,7 @@ def test_keeping_every_token_is_the_stock_model(shared_models, build_batch, name
     for options in ({"visual_keep_mask": everything}, {"prune_threshold": 0.0}):
         output = generate(models.pruned, batch.inputs, **options)
         assert_same_output(output, expected)
-        assert output.past_key_values.glimpse.retention == 1.0
+        assert cache_of(output).glimpse.retention == 1.0
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def test_pruned_equals_hidden(build_models, build_batch, seed):
         batch = build_batch(random_prompts(chance), chance.randrange(1000))
         masks = [random_mask(chance, count) for count in batch.visual_counts]
         output = generate(models.pruned, batch.inputs, 3, visual_keep_mask=torch.cat(masks))
-        assert torch.equal(output.past_key_values.glimpse.keep_mask, torch.cat(masks))
+        assert torch.equal(cache_of(output).glimpse.keep_mask, torch.cat(masks))
         assert_equals_reference(models, batch, output, masks)
 
 
@@ -216,7 +217,7 @@ def test_own_choice_equals_hidden(build_models, build_batch, seed):
         if chance.random() < 0.5:
             settings["max_keep_ratio"] = chance.uniform(0.1, 1.0)
         output = generate(models.pruned, batch.inputs, 3, **settings)
-        record = output.past_key_values.glimpse
+        record = cache_of(output).glimpse
         assert_near(record.importance, importance, 1e-5)
         masks = batch.split(record.keep_mask)
         for scores, mask in zip(batch.split(record.importance), masks, strict=True):
@@ -385,7 +386,7 @@ def second_turn(batch: Batch, first, num_tokens: int) -> dict:
     generator = torch.Generator().manual_seed(5)
     text = torch.randint(1, 150, (len(batch.rows), num_tokens), generator=generator)
     input_ids = torch.cat([first.sequences, text], dim=1)
-    inputs = {"input_ids": input_ids, "past_key_values": first.past_key_values}
+    inputs = {"input_ids": input_ids, **given_cache(cache_of(first))}
     later = input_ids.shape[1] - batch.inputs["input_ids"].shape[1]
     for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         if name in batch.inputs:
@@ -413,7 +414,7 @@ def test_a_batch_equals_its_rows_alone(shared_models, build_batch, name, options
         if "num_beams" not in options:
             assert_near(step_logits(together, row), step_logits(alone, 0))
         if len(scores[row]) and "num_beams" not in options:
-            assert_near(alone.past_key_values.glimpse.importance, scores[row])
+            assert_near(cache_of(alone).glimpse.importance, scores[row])
 
 
 @pytest.mark.feature("beam search")
@@ -477,7 +478,7 @@ def test_cached_equals_uncached(shared_models, build_batch, name):
     settings = {"prune_threshold": threshold_that_keeps(importance, 0.4)}
     expected = generate(model, batch.inputs, **settings)
     assert_same_output(generate(model, batch.inputs, use_cache=False, **settings), expected, 1e-4)
-    given = generate(model, batch.inputs, past_key_values=DynamicCache(), **settings)
+    given = generate(model, batch.inputs, **given_cache(DynamicCache()), **settings)
     assert_same_output(given, expected)
 
 
@@ -496,7 +497,7 @@ def test_a_prompt_without_padding_needs_no_attention_mask(shared_models, build_b
 def decode(model, inputs: dict, num_tokens: int, explicit_positions: bool, **prefill):
     """Yield the logits of each greedy step, calling `forward` by hand."""
     outputs = model(**inputs, use_cache=True, **prefill)
-    cache, mask = outputs.past_key_values, inputs["attention_mask"]
+    cache, mask = cache_of(outputs), inputs["attention_mask"]
     position = first_position(model, inputs)
     for _ in range(num_tokens):
         yield outputs.logits[:, -1]
@@ -507,7 +508,7 @@ def decode(model, inputs: dict, num_tokens: int, explicit_positions: bool, **pre
             step["position_ids"] = position
         position = position + 1
         outputs = model(
-            input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, **step
+            input_ids=token, attention_mask=mask, **given_cache(cache), use_cache=True, **step
         )
 
 
@@ -579,8 +580,8 @@ def test_threads_share_a_model(shared_models, build_batch):
     for output, alone in zip(outputs, expected, strict=True):
         assert output is not None
         assert_same_output(output, alone)
-        scores = output.past_key_values.glimpse.importance
-        assert_near(scores, alone.past_key_values.glimpse.importance, 1e-5)
+        scores = cache_of(output).glimpse.importance
+        assert_near(scores, cache_of(alone).glimpse.importance, 1e-5)
 
 
 # 4. The training forward says of a completion what generating it said.
@@ -652,7 +653,7 @@ def test_training_forward_repeats_rollouts(build_models, build_batch, sampled, c
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    mask = output.past_key_values.glimpse.keep_mask
+    mask = cache_of(output).glimpse.keep_mask
     assert 0 < mask.sum() < len(mask)
     logits = model(**inputs, visual_keep_mask=mask).logits
     suppressed = model.generation_config.suppress_tokens
@@ -684,7 +685,7 @@ def test_scoring_in_place_leaves_the_prompt_alone(shared_models, build_batch, na
     change = (outputs.logits - expected.logits)[seen, prompt_length : prompt_length + 2]
     assert change.abs().amax(-1).min() > 1e-3
     importance = models.pruned.glimpse(**batch.inputs).importance
-    scored = models.pruned(**inputs, in_place=True, use_cache=True).past_key_values.glimpse
+    scored = cache_of(models.pruned(**inputs, in_place=True, use_cache=True)).glimpse
     assert_near(scored.importance, importance)
 
 

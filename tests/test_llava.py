@@ -35,6 +35,7 @@ from glimpseprune.training.repository import UNDER_OWN_NAMES, write_repository
 from glimpseprune.training.stage1 import train_stage1
 from glimpseprune.training.stage1_config import Stage1Recipe
 from modeling_glimpseprune.configuration_glimpseprune import GlimpsePruneLlavaConfig
+from modeling_glimpseprune.stock import cache_of
 
 NAMES = ("llava", "llava_next")
 TEMPLATE = (
@@ -293,7 +294,7 @@ def test_the_class_token_is_kept_and_not_scored():
     compare_with_stock(models, batch._replace(inputs=inputs), **options)
     nothing = torch.zeros(SIDE**2, dtype=torch.bool)
     outputs = models.pruned(**inputs, visual_keep_mask=nothing, use_cache=True, **options)
-    assert outputs.past_key_values.layers[0].keys.shape[-2] == 2 + 1 + 3
+    assert cache_of(outputs).layers[0].keys.shape[-2] == 2 + 1 + 3
 
 
 @torch.no_grad()
@@ -304,7 +305,7 @@ def test_newline_tokens_always_stay():
     nothing = torch.zeros(batch.num_visual, dtype=torch.bool)
     outputs = models.pruned(**batch.inputs, visual_keep_mask=nothing, use_cache=True)
     *_, (_, _, (_, rows, _)) = batch.visuals
-    assert outputs.past_key_values.layers[0].keys.shape[-2] == 2 + rows + 3
+    assert cache_of(outputs).layers[0].keys.shape[-2] == 2 + rows + 3
 
 
 # Bad input

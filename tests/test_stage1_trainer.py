@@ -19,7 +19,6 @@ from transformers import (
     set_seed,
 )
 
-from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5
 from glimpseprune.hub.folders import vacant_sibling
 from glimpseprune.hub.shards import GLIMPSE_WEIGHTS
 from glimpseprune.tiny_world.model import tiny_config
@@ -35,6 +34,7 @@ from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,
     GlimpsePruneQwen2_5_VLConfig,
 )
+from modeling_glimpseprune.stock import TRANSFORMERS_5, given_cache
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RELOAD = """
@@ -300,7 +300,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(base, data):
         labels, _ = batch.pop("labels"), batch.pop("evidence_mask")
         cache, start = DynamicCache(), batch["prompt_length"] - 1
         with torch.no_grad():
-            outputs = model(**batch, in_place=True, past_key_values=cache, use_cache=True)
+            outputs = model(**batch, in_place=True, **given_cache(cache), use_cache=True)
         supervised = labels[:, start + 1 :] != -100
         logits = zip(outputs.logits[:, start:-1], supervised, strict=True)
         return [row[real] for row, real in logits], cache.glimpse.importance.split(
@@ -328,7 +328,7 @@ def test_loss_equals_one_plain_forward(base, data, rows):
 
     inputs = repeat_images(batch)
     evidence, cache = inputs.pop("evidence_mask"), DynamicCache()
-    outputs = model(**inputs, in_place=True, past_key_values=cache, use_cache=True)
+    outputs = model(**inputs, in_place=True, **given_cache(cache), use_cache=True)
     record = cache.glimpse
     dice, bce = (
         loss(record.importance, evidence, record.rows, len(rows)).mean()

@@ -36,6 +36,7 @@ from glimpseprune.training.run_plot import PLOT
 from glimpseprune.training.stage2 import train_stage2
 from glimpseprune.training.stage2_config import Lora, Stage2Recipe
 from glimpseprune.training.stage2_trainer import NonFiniteLoss, Stage2Trainer
+from modeling_glimpseprune.stock import cache_of
 
 
 @pytest.mark.parametrize("mask", ["model", "evidence", "all"])
@@ -62,9 +63,9 @@ def test_rollouts_prune_as_the_model_does_by_itself(loaded, data):
     own = model.generate(
         **prompts.model_inputs([0, 1, 2]), max_new_tokens=1, return_dict_in_generate=True
     )
-    assert torch.equal(torch.cat(used.keep_masks), own.past_key_values.glimpse.keep_mask)
+    assert torch.equal(torch.cat(used.keep_masks), cache_of(own).glimpse.keep_mask)
     assert used.retention == [
-        pytest.approx(visual.retention) for visual in own.past_key_values.glimpse.visuals
+        pytest.approx(visual.retention) for visual in cache_of(own).glimpse.visuals
     ]
 
 

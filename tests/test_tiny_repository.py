@@ -29,7 +29,7 @@ message = {"role": "user", "content": [
 inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True,
                                        return_dict=True, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
-record = output.past_key_values.glimpse
+record = output["cache" if "cache" in output else "past_key_values"].glimpse
 pipe = transformers.pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 spoken = pipe(text=[message], max_new_tokens=8, return_full_text=False)
 answer = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1]:],

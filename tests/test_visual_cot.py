@@ -14,9 +14,10 @@ from glimpseprune.data.visual_cot import (
     evidence_mask,
     read_visual_cot,
 )
-from glimpseprune.data.visual_cot_collator import TRANSFORMERS_5, VisualCoTCollator
+from glimpseprune.data.visual_cot_collator import VisualCoTCollator
 from glimpseprune.tiny_world.vocabulary import build_processor
 from modeling_glimpseprune.processing_glimpseprune import GlimpsePruneQwen2_5_VLProcessor
+from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 ROW = {
     "question": "What is the value of KQ?",

@@ -47,13 +47,13 @@ def require_trl() -> None:
         import transformers
         from trl import GRPOConfig, GRPOTrainer  # noqa: F401
 
-        from modeling_glimpseprune.stock import TRANSFORMERS_5
+        from modeling_glimpseprune.stock import ENCODES_FIRST
     except ImportError as error:
         raise ValueError(
             f"stage 2 needs trl, which could not be imported ({error}): pip install -e '.[train]'"
         ) from None
-    if not TRANSFORMERS_5:
+    if not ENCODES_FIRST:
         raise ValueError(
-            f"stage 2 needs transformers 5, here is {transformers.__version__}: its adapters load "
-            "on both"
+            "stage 2 needs a transformers whose generate takes encoded images, as 5.23 does; here "
+            f"is {transformers.__version__}, on which its adapters load"
         )

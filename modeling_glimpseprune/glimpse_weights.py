@@ -6,7 +6,7 @@ from .base_weights import located_weights, own_weights
 from .glimpse import Glimpse, GlimpseToken
 from .importance_predictor import RMSNorm
 from .low_rank import LowRankAddition
-from .stock import warn_if_untested
+from .stock import lacks_weights, warn_if_untested
 
 
 class GlimpseWeightsMixin:
@@ -39,11 +39,11 @@ class GlimpseWeightsMixin:
         if isinstance(module, GlimpseToken):
             nn.init.normal_(module.embeddings, std=self.config.get_text_config().initializer_range)
         glimpse = self.glimpse_module()
-        if any(module is part for part in glimpse.modules()):
+        if isinstance(module, LowRankAddition) and lacks_weights(module.up):
+            nn.init.zeros_(module.up.weight)
+        if any(module is part for part in glimpse.modules()) and lacks_weights(module):
             if isinstance(module, (RMSNorm, nn.LayerNorm)):  # not every stock class knows norms
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
-            if isinstance(module, LowRankAddition):
-                nn.init.zeros_(module.up.weight)
             glimpse.declare_untrained()

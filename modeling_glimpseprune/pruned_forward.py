@@ -125,6 +125,8 @@ class PrunedForwardMixin:
                 attentions=outputs.attentions() if finished else None,
             )
         layer = pruned_layer(cache)
+        if layer is not None:
+            refuse_unknown_tensors(kwargs)
         if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])

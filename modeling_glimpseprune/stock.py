@@ -231,6 +231,15 @@ def file_of(repository: str | os.PathLike, name: str, **hub_arguments) -> str | 
     )
 
 
+def lacks_weights(module: nn.Module) -> bool:
+    """Whether a module that is being initialised has weights that were not loaded.
+
+    Some releases initialise every module after loading and leave loaded weights as they are.
+    """
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return not all(getattr(weight, "_is_hf_initialized", False) for weight in own)
+
+
 def save_under_own_names(model: PreTrainedModel) -> None:
     """Forget the base's names, under which transformers 5 would save what was loaded from them."""
     model._weight_conversions = None

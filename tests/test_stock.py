@@ -60,6 +60,7 @@ from modeling_glimpseprune.stock import (
     embeddings_of,
     file_of,
     given_cache,
+    lacks_weights,
     outputs_with_cache,
     token_types,
 )
@@ -930,6 +931,27 @@ def test_an_index_may_name_files_by_absolute_paths_and_other_names(shared_models
         assert torch.equal(weight, expected[name]), name
     if TRANSFORMERS_5:
         assert_has(loaded, ("_weight_conversions",), "a model is saved under its own names by it")
+
+
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
+def test_weights_that_were_loaded_are_marked(shared_models, tmp_path):
+    """Where a release initialises loaded modules too, the mark tells them from fresh ones."""
+    stock = shared_models(31).stock
+    weights = {n: w for n, w in stock.state_dict().items() if n != "lm_head.weight"}
+    stock.save_pretrained(tmp_path, state_dict=weights)
+    lacking = []
+
+    class Noting(type(stock)):
+        def _init_weights(self, module):
+            if lacks_weights(module):
+                lacking.append(module)
+
+    loaded = Noting.from_pretrained(tmp_path)
+    assert loaded.lm_head in lacking, f"{installed()}: a fresh weight is marked as a loaded one"
+    loaded_modules = [each for each in loaded.model.modules() if isinstance(each, torch.nn.Linear)]
+    assert not any(each is other for each in loaded_modules for other in lacking), (
+        f"{installed()}: loaded weights are not marked, by which the glimpse is known as trained"
+    )
 
 
 def test_rotary_settings_are_written_under_a_name_that_is_translated(family):

@@ -5,7 +5,7 @@ from torch import nn
 from .base_weights import located_weights, own_weights
 from .glimpse import Glimpse, GlimpseToken
 from .importance_predictor import RMSNorm
-from .low_rank import LowRankAddition
+from .low_rank import ZeroLinear
 from .stock import lacks_weights, warn_if_untested
 
 
@@ -39,11 +39,11 @@ class GlimpseWeightsMixin:
         if isinstance(module, GlimpseToken):
             nn.init.normal_(module.embeddings, std=self.config.get_text_config().initializer_range)
         glimpse = self.glimpse_module()
-        if isinstance(module, LowRankAddition) and lacks_weights(module.up):
-            nn.init.zeros_(module.up.weight)
         if any(module is part for part in glimpse.modules()) and lacks_weights(module):
             if isinstance(module, (RMSNorm, nn.LayerNorm)):  # not every stock class knows norms
                 nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
+            if isinstance(module, ZeroLinear):
+                nn.init.zeros_(module.weight)
             glimpse.declare_untrained()

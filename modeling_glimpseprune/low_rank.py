@@ -13,13 +13,17 @@ MLP_MAPS = ("gate_proj", "up_proj", "down_proj")
 STALE_MAPS = ("k_proj", "v_proj")
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero."""
+
+
 class LowRankAddition(nn.Module):
     """`up(down(x))`, to be added to what a linear map makes of x."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
         self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False)
+        self.up = ZeroLinear(rank, out_features, bias=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`, in the dtype that came."""

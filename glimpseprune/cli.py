@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "ask": "answer a question about an image and show which visual tokens were kept",
+    "calibrate": "choose the prune layer and the threshold of a checkpoint, without training",
     "evaluate": "measure accuracy and retention over a data set",
     "inspect": "say what a repository is, and whether its weights are sound",
     "make-pages": "write pages of the tiny world with questions and evidence boxes",

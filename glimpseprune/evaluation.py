@@ -83,7 +83,7 @@ def evaluate(
     """
     evaluation = Evaluation([[] for _ in methods])
     start = time.perf_counter()
-    for batch in tqdm(list(_batches(samples, batch_size)), leave=False, unit="batch"):
+    for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
         prepared, seconds = prepare_batch(model, processor, batch)
         evaluation.seconds_in_model += seconds
         for method, answers in zip(methods, evaluation.answers, strict=True):
@@ -198,8 +198,13 @@ def retention_by_row(record: GlimpseRecord, visual_counts: list[int]) -> list[fl
     return [row.float().mean().item() if len(row) else 1.0 for row in rows]
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
+def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
     """Batches of images of one size, so that no prompt is padded for another's image."""
-    by_size = sorted(samples, key=lambda sample: sample.image.size)
-    for start in range(0, len(by_size), batch_size):
-        yield by_size[start : start + batch_size]
+    ordered = by_size(samples)
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]
+
+
+def by_size(samples: Sequence[Sample]) -> list[Sample]:
+    """Questions in the order in which `evaluate` asks them."""
+    return sorted(samples, key=lambda sample: sample.image.size)

@@ -15,7 +15,7 @@ from benchmarks.efficiency.measurement import (
     flops_by_stage,
     peak_bytes,
 )
-from benchmarks.prefill_flops import (
+from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
     Decoder,

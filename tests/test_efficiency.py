@@ -6,7 +6,7 @@ import torch
 from benchmarks.efficiency.page import write_page
 from benchmarks.efficiency.points import Centre, Point, measure, points_of
 from benchmarks.efficiency.workload import REAL, SCALED, Pair, build_config, build_prompt
-from benchmarks.prefill_flops import (
+from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
     pruned_prefill,

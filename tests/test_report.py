@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_cost import geometry
 
-from benchmarks.prefill_flops import pruned_prefill, stock_prefill
 from benchmarks.report.costs import PrefillCosts
 from benchmarks.report.figures import Figures
 from benchmarks.report.page import write_page
@@ -23,6 +22,7 @@ from glimpseprune.baselines.scorer import AtGlimpseLayer, BeforeDecoder
 from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.loading import REPOSITORY, TINY_MODEL, load_model
 from glimpseprune.metrics import exact_match
+from glimpseprune.prefill_cost import pruned_prefill, stock_prefill
 
 LAYERS, K, TEXT, VISUAL = 6, 1, 19, 100
 

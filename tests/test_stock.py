@@ -64,7 +64,6 @@ from modeling_glimpseprune.stock import (
     outputs_with_cache,
     token_types,
 )
-from modeling_glimpseprune.visual_tokens import VisualFeatures
 
 CODE = Path(__file__).resolve().parents[1] / "modeling_glimpseprune"
 DECODERS = {
@@ -404,28 +403,6 @@ def test_an_assistant_asks_for_as_many_logits_as_it_guessed(
 
 
 @pytest.mark.skipif(not ENCODES_FIRST, reason="this release repeats pixels")
-def test_beams_repeat_the_lists_of_encoded_visuals(shared_models, build_batch):
-    """Images of a row are repeated together: two images, then one, for two beams."""
-    model, batch = shared_models(31).stock, build_batch([[(1, 1), 2, (1, 2)], [(2, 2), 2]])
-    sizes = [int((row["input_ids"] == model.config.image_token_id).sum()) for row in batch.rows]
-    lengths = [2, sizes[0] - 2, sizes[1]]  # of what stands for the images
-    images = [torch.full((length, 4), float(index)) for index, length in enumerate(lengths)]
-    features = VisualFeatures(
-        pooler_output=list(images), deepstack_features=[list(images), list(images)]
-    )
-    _, inputs = model._expand_inputs_for_generation(
-        expand_size=2,
-        input_ids=batch.inputs["input_ids"],
-        mm_encoder_outputs={"image": features},
-    )
-    repeated = inputs["mm_encoder_outputs"]["image"]
-    lists = [repeated.pooler_output, *repeated.deepstack_features]
-    orders = [[int(image[0, 0]) for image in each] for each in lists]
-    assert orders == [[0, 1, 0, 1, 2, 2]] * 3, (
-        f"{installed()}: beams repeat pooler_output and deepstack_features as {orders}, but what "
-        "the predictor needs travels in them, one entry an image"
-    )
-
 
 # Outputs.
 

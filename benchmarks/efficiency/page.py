@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.prefill_flops import (
+from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
     QWEN2_5_VL_VISION,

@@ -1,4 +1,4 @@
-"""Counted operations of a prefill by any method, with the formulas of `benchmarks.prefill_flops`.
+"""Counted operations of a prefill by any method, with the formulas of `glimpseprune.prefill_cost`.
 
 Decoder layers are counted over the tokens each of them works on, and scoring is added. The vision
 encoder is not counted: methods share it, but for the resized image, which is spared most of it.
@@ -6,9 +6,9 @@ encoder is not counted: methods share it, but for the resized image, which is sp
 
 from transformers import PretrainedConfig
 
-from benchmarks.prefill_flops import Decoder, Predictor, pruned_prefill
 from glimpseprune.baselines.method import Method, OwnPruning
 from glimpseprune.baselines.model_sizes import ModelSizes
+from glimpseprune.prefill_cost import PrefillLaw
 
 from .records import Record
 
@@ -21,36 +21,20 @@ class PrefillCosts:
     """
 
     def __init__(self, config: PretrainedConfig):
-        text = config.get_text_config()
-        self.sizes = ModelSizes.of(config)
-        self.decoder = Decoder(
-            text.num_hidden_layers,
-            text.hidden_size,
-            text.intermediate_size,
-            text.num_attention_heads,
-            text.num_key_value_heads,
-        )
-        self.predictor = Predictor(
-            len(config.vision_layers),
-            config.predictor_hidden_size,
-            config.predictor_condition_size,
-            config.vision_config.hidden_size,
-            text.num_attention_heads * len(config.attention_layers),
-        )
+        self.sizes, self.law = ModelSizes.of(config), PrefillLaw.of(config)
+        self.prune_layer = config.prune_layer
 
     def flops(self, method: Method, record: Record) -> int:
         """Of the prefill that gave this answer."""
         layers = record.by_layer
         if isinstance(method, OwnPruning):
-            glimpse_layer = self.sizes.glimpse_layer
-            shape = (record.prompt, record.visual, layers[-1])
-            return pruned_prefill(self.decoder, self.predictor, glimpse_layer, *shape)
+            return self.law.pruned(self.prune_layer, record.prompt, record.visual, layers[-1])
         tokens = [record.prompt + visual for visual in layers]
         after_attention = list(tokens)
         if method.drops_inside_glimpse_layer:
             after_attention[self.sizes.glimpse_layer] = tokens[-1]
         decoder = sum(
-            self.decoder.attention(count, count) + self.decoder.mlp(left)
+            self.law.decoder.attention(count, count) + self.law.decoder.mlp(left)
             for count, left in zip(tokens, after_attention, strict=True)
         )
         prompt = record.prompt + record.visual

@@ -46,7 +46,7 @@ class Application:
         options: arguments of `generate`.
         masks: what each decoder layer works on, where the model's own machinery drops nothing.
         last_full_layer: the last layer that works on all tokens where it does, -1 for none;
-            default: the glimpse layer.
+            default: the one it was asked to prune at.
     """
 
     options: dict[str, object]
@@ -58,7 +58,7 @@ class Application:
     ) -> torch.Tensor:
         """`(batch, layers)` visual tokens that each layer works on, once the answer is there.
 
-        A model that prunes at the glimpse layer works on all tokens up to that layer's attention;
+        A model that prunes at a layer works on all tokens up to that layer's attention;
         the layer counts as full here.
 
         Args:
@@ -70,7 +70,8 @@ class Application:
             return torch.stack([row.sum(0) for row in masks.split(visual_counts)])
         counts = torch.tensor(visual_counts)[:, None].repeat(1, sizes.layers)
         if hasattr(cache, "glimpse"):
-            full = sizes.glimpse_layer if self.last_full_layer is None else self.last_full_layer
+            full = cache.glimpse.prune_layer
+            full = full if self.last_full_layer is None else self.last_full_layer
             kept = cache.glimpse.keep_mask.cpu().split(visual_counts)
             counts[:, full + 1 :] = torch.stack([row.sum() for row in kept])[:, None]
         return counts
@@ -142,6 +143,7 @@ class OwnPruning(Method):
     name: str = "GlimpsePrune"
     prune_threshold: float | None = None
     min_keep_tokens: int | None = None
+    prune_layer: int | None = None
 
     @contextmanager
     def applied(self, model, processor, batch) -> Iterator[Application]:
@@ -149,6 +151,7 @@ class OwnPruning(Method):
             "prune_threshold": self.prune_threshold,
             "max_keep_ratio": self.ratio,
             "min_keep_tokens": self.min_keep_tokens,
+            "prune_layer": self.prune_layer,
         }
         yield Application({name: value for name, value in settings.items() if value is not None})
 

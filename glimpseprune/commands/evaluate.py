@@ -66,15 +66,22 @@ def _methods(seed: int) -> dict:
 
 
 def read_samples(
-    data: Path | None, image_folder: Path | None, questions: int, seed: int, kinds=("value",)
+    data: Path | None,
+    image_folder: Path | None,
+    questions: int,
+    seed: int,
+    kinds: tuple[str, ...] = ("value",),
+    split: str = "test",
+    need_references: bool = True,
 ) -> list:
     """Questions with their images in memory, in groups by data set, or by image size.
 
     Args:
-        data: a file of Visual-CoT, or None for test pages of the tiny world, which are grouped by
-            their size.
+        data: a file of Visual-CoT, or None for pages of the tiny world, which are grouped by their
+            size.
         questions: at most so many.
-        seed, kinds: of the tiny world's pages and questions.
+        seed, kinds, split: of the tiny world's pages and questions.
+        need_references: False takes questions without answers or boxes.
     """
     import tempfile
 
@@ -85,8 +92,9 @@ def read_samples(
     tiny_world = data is None
     with tempfile.TemporaryDirectory() as folder:
         if tiny_world:
-            data = _write_test_pages(Path(folder), questions, seed, kinds)
-        rows = read_visual_cot(data, image_folder)[:questions]
+            data = _write_pages(Path(folder), questions, seed, kinds, split)
+        needs = {"need_boxes": need_references, "need_answers": need_references}
+        rows = read_visual_cot(data, image_folder, **needs)[:questions]
         images = {path: open_image(path) for path in dict.fromkeys(row.image for row in rows)}
     return [
         Sample(
@@ -103,14 +111,16 @@ def read_samples(
     ]
 
 
-def _write_test_pages(folder: Path, questions: int, seed: int, kinds: tuple[str, ...]) -> Path:
+def _write_pages(
+    folder: Path, questions: int, seed: int, kinds: tuple[str, ...], split: str
+) -> Path:
     from ..tiny_world.dataset import write_pages
     from ..tiny_world.pages import PageSettings
 
     questions_a_page = 4
     pages = range(-(-questions // questions_a_page) + questions // 20 + 1)
     settings = PageSettings(kinds=kinds)
-    return write_pages(folder, "test", pages, seed, settings, questions_a_page)
+    return write_pages(folder, split, pages, seed, settings, questions_a_page)
 
 
 def _print_row(name: str, figures: dict[str, float]) -> None:

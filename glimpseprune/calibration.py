@@ -1,0 +1,258 @@
+"""Which prune layer a checkpoint can afford, and the threshold that goes with it.
+
+For each candidate P the glimpse is read ahead (`prune_layer=P`) over a set of questions and held
+against the late one (P = K): do its best-scored tokens agree? Then each question is answered with
+the threshold that keeps the wanted share, and held against the answers of the unpruned model, and
+against reference answers and evidence boxes where the data have them. No training is needed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .baselines.method import Method, OwnPruning
+from .data.visual_cot import visible_evidence
+from .evaluation import Answer, batches, by_size, evaluate, prepare_batch
+from .metrics import exact_match
+from .prefill_cost import PrefillLaw
+from .sample import Sample
+
+SHARES = (0.05, 0.11, 0.30)
+DEFAULT_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What a prune layer amounts to; shares are means over questions.
+
+    Attributes:
+        prune_layer: P.
+        late_recall: for each of `SHARES`, the part of the late glimpse's best-scored share of the
+            tokens that is also among the best-scored share of this one.
+        evidence_recall: part of the evidence tokens that the threshold keeps, or None without
+            boxes.
+        threshold: `prune_threshold` that keeps the wanted share of these questions' tokens.
+        retention: share of the tokens it keeps.
+        agreement: share of the answers that equal those of the unpruned model.
+        accuracy: share of the answers that equal the reference, or None without references.
+        cost: counted operations of the decoder's prefill, predictor included, over the stock ones.
+    """
+
+    prune_layer: int
+    late_recall: tuple[float, ...]
+    evidence_recall: float | None
+    threshold: float
+    retention: float
+    agreement: float
+    accuracy: float | None
+    cost: float
+
+    @property
+    def quality(self) -> float:
+        """What a choice goes by: accuracy where it is known, else agreement."""
+        return self.agreement if self.accuracy is None else self.accuracy
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Figures of every candidate, the latest layer first.
+
+    Attributes:
+        layers: one entry a candidate; the first is the glimpse layer K.
+        questions: how many were asked.
+        base_accuracy: of the unpruned model, or None without reference answers.
+        wanted_retention: the share of the tokens that thresholds were chosen for.
+    """
+
+    layers: list[LayerFigures]
+    questions: int
+    base_accuracy: float | None
+    wanted_retention: float
+
+    def choose(self, tolerance: float) -> LayerFigures:
+        """The cheapest candidate that gives up no more than `tolerance` of the late one's quality.
+
+        Args:
+            tolerance: difference in accuracy, or in agreement where accuracy is not known.
+        """
+        enough = self.layers[0].quality - tolerance
+        return min((each for each in self.layers if each.quality >= enough), key=lambda x: x.cost)
+
+    def as_json(self) -> dict:
+        """Everything, as JSON takes it."""
+        return {"shares": SHARES, **asdict(self)}
+
+
+def candidate_layers(glimpse_layer: int, wanted: Sequence[int] | None = None) -> list[int]:
+    """Prune layers to try, K first.
+
+    Args:
+        glimpse_layer: K.
+        wanted: the caller's; default: all layers, or `DEFAULT_CANDIDATES` spread over them.
+
+    Raises:
+        ValueError: for a layer outside 0..K.
+    """
+    if wanted is None:
+        step = max(1, math.ceil(glimpse_layer / DEFAULT_CANDIDATES))
+        wanted = range(glimpse_layer, -1, -step)
+    if outside := [layer for layer in wanted if not 0 <= layer <= glimpse_layer]:
+        raise ValueError(f"prune layers must lie in 0..glimpse_layer ({glimpse_layer}): {outside}")
+    return sorted({glimpse_layer, *wanted}, reverse=True)
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    layers: Sequence[int],
+    wanted_retention: float,
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+) -> Calibration:
+    """Sweep the prune layer over questions.
+
+    Args:
+        samples: questions, each with an image.
+        layers: candidates, K first, as `candidate_layers` gives them.
+        wanted_retention: share of the visual tokens that the threshold shall keep, in (0, 1].
+
+    Raises:
+        ValueError: when there is no question, or one without an image.
+    """
+    if not samples:
+        raise ValueError("there are no questions to calibrate on")
+    if any(sample.image is None for sample in samples):
+        raise ValueError("calibration needs an image with every question: it looks at the masks")
+    if not 0 < wanted_retention <= 1:
+        raise ValueError(f"retention must lie in (0, 1], got {wanted_retention}")
+    samples = by_size(samples)
+    importance, evidence = _scores(model, processor, samples, layers, batch_size)
+    thresholds = {
+        layer: threshold_for(rows, wanted_retention) for layer, rows in importance.items()
+    }
+    methods = [Method(), *(_pruning_at(layer, thresholds[layer]) for layer in layers)]
+    evaluation = evaluate(model, processor, samples, methods, batch_size, max_new_tokens, _score)
+    base, *answers = evaluation.answers
+    law, late = PrefillLaw.of(model.config), importance[layers[0]]
+    figures = [
+        LayerFigures(
+            prune_layer=layer,
+            late_recall=_late_recall(importance[layer], late),
+            evidence_recall=_evidence_recall(importance[layer], thresholds[layer], evidence),
+            threshold=thresholds[layer],
+            retention=_mean([answer.kept for answer in given]),
+            agreement=_agreement(given, base),
+            accuracy=_accuracy(given),
+            cost=_mean(
+                [law.share(layer, each.prompt, each.visual, each.by_layer[-1]) for each in given]
+            ),
+        )
+        for layer, given in zip(layers, answers, strict=True)
+    ]
+    return Calibration(figures, len(samples), _accuracy(base), wanted_retention)
+
+
+def threshold_for(importance: Sequence[torch.Tensor], retention: float) -> float:
+    """The threshold at which prompts keep a wanted share of their tokens on average.
+
+    Args:
+        importance: `(n,)` logits of each prompt's visual tokens.
+        retention: the share, averaged over prompts; never exceeded.
+
+    Returns:
+        A probability, as `prune_threshold` is: a token is kept if it exceeds it.
+    """
+    logits = torch.cat(list(importance)).double()
+    weights = torch.cat([row.new_full((len(row),), 1 / len(row)) for row in importance]).double()
+    logits, order = logits.sort(descending=True)
+    shares = weights[order].cumsum(0) / len(importance)
+    within = int((shares <= retention + 1e-9).sum())
+    return 0.0 if within == len(logits) else float(logits[within].float().sigmoid())
+
+
+def top_overlap(importance: torch.Tensor, reference: torch.Tensor, share: float) -> float:
+    """Part of the reference's best-scored share that is among the best-scored share, too.
+
+    Args:
+        importance, reference: `(n,)` logits of the same tokens.
+        share: of the tokens, at least one.
+    """
+    count = max(1, int(share * len(reference)))
+    best, wanted = (set(each.topk(count).indices.tolist()) for each in (importance, reference))
+    return len(best & wanted) / count
+
+
+def _scores(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[Sample],
+    layers: Sequence[int],
+    batch_size: int,
+) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor]]:
+    """Importance of each question's tokens by layer, and which of them show evidence."""
+    importance: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    evidence: list[torch.Tensor] = []
+    for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
+        prepared, _ = prepare_batch(model, processor, batch)
+        for layer in layers:
+            record = model.glimpse(**prepared.encoded, prune_layer=layer)
+            importance[layer] += record.importance.float().cpu().split(prepared.visual_counts)
+        grids: list[list[tuple[int, int]]] = [[] for _ in batch]
+        for visual in record.visuals:
+            grids[visual.row].append(visual.grid[1:])
+        evidence += [
+            visible_evidence(processor, sample.boxes, *sample.size, of_row)
+            for sample, of_row in zip(batch, grids, strict=True)
+        ]
+    return importance, evidence
+
+
+def _pruning_at(layer: int, threshold: float) -> OwnPruning:
+    return OwnPruning(f"P = {layer}", prune_threshold=threshold, prune_layer=layer)
+
+
+def _score(answer: str, reference: str | None) -> float:
+    """Exact match; nothing where there is no reference."""
+    return exact_match(answer, reference) if reference else math.nan
+
+
+def _accuracy(answers: Sequence[Answer]) -> float | None:
+    """Over the questions that have a reference answer; None where none has."""
+    scores = [answer.score for answer in answers if not math.isnan(answer.score)]
+    return _mean(scores) if scores else None
+
+
+def _agreement(answers: Sequence[Answer], others: Sequence[Answer]) -> float:
+    pairs = zip(answers, others, strict=True)
+    return _mean([exact_match(answer.text, other.text) for answer, other in pairs])
+
+
+def _late_recall(
+    importance: Sequence[torch.Tensor], late: Sequence[torch.Tensor]
+) -> tuple[float, ...]:
+    pairs = list(zip(importance, late, strict=True))
+    return tuple(
+        _mean([top_overlap(early, reference, share) for early, reference in pairs])
+        for share in SHARES
+    )
+
+
+def _evidence_recall(
+    importance: Sequence[torch.Tensor], threshold: float, evidence: Sequence[torch.Tensor]
+) -> float | None:
+    recalls = [
+        (logits.sigmoid()[shown] > threshold).float().mean().item()
+        for logits, shown in zip(importance, evidence, strict=True)
+        if shown.any()
+    ]
+    return _mean(recalls) if recalls else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .decoder_layers import device_of, split_heads, turn
+from .decoder_layers import Rotary, device_of, split_heads, turn
 from .decoder_run import DecoderRun
 from .prune_request import PruneRequest
 from .runners import Runners
@@ -25,6 +25,7 @@ class LookAhead:
     Args:
         run: the decoder, and the cache that holds earlier turns in the layers above P.
         block: the prompt after layer P's attention.
+        rotary: its rotary embeddings, as the decoder makes them.
         request: what to do with its visual tokens.
         beside: the glimpse tokens after layer P's attention, or None where there are none.
 
@@ -36,11 +37,15 @@ class LookAhead:
     """
 
     def __init__(
-        self, run: DecoderRun, block: TokenBlock, request: PruneRequest, beside: Runners | None
+        self,
+        run: DecoderRun,
+        block: TokenBlock,
+        rotary: Rotary,
+        request: PruneRequest,
+        beside: Runners | None,
     ):
         self.decoder_run, self.request, self.past_slots = run, request, block.past_slots
         visual, text = _split(block, request.tokens)
-        rotary = run.decoder.rotary_emb(block.hidden_states, block.position_ids)
         rotary = plain_rotary(run.decoder.config, rotary)
         self.stale = visual.of(block.hidden_states)
         self.stale_rotary = tuple(visual.of(part) for part in rotary)

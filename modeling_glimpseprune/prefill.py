@@ -2,7 +2,7 @@
 
 import torch
 
-from .decoder_layers import query_logits, run_attention, run_layer, run_mlp
+from .decoder_layers import Rotary, query_logits, run_attention, run_layer, run_mlp
 from .decoder_run import DecoderRun
 from .glimpse_record import GlimpseRecord
 from .look_ahead import LookAhead
@@ -36,6 +36,7 @@ class Prefill:
         self.beside: Runners | None = None
         if request.runs_beside and request.glimpse.token is not None:
             self.beside = Runners.of_glimpse(run.decoder, block, request.glimpse)
+        self.rotary: Rotary | None = None
         self.attention: dict[int, torch.Tensor] = {}  # (N, heads) of each layer that was read
 
     def run(self) -> torch.Tensor:
@@ -56,24 +57,24 @@ class Prefill:
     def look(self) -> None:
         """Run layers 0..P-1 and layer P's attention over every token."""
         request, block, last = self.request, self.block, self.request.prune_layer
-        mask, rotary = self.decoder_run.mask_and_rotary(block, first_layer=0)
+        mask, self.rotary = self.decoder_run.mask_and_rotary(block, first_layer=0)
         for index in range(last + 1):
             self._add_glimpse_vectors(index)
             query_states = block.hidden_states[:, self._query]
             run = run_attention if index == last else run_layer
-            self.decoder_run.step(run, index, block, mask, rotary)
+            self.decoder_run.step(run, index, block, mask, self.rotary)
             if self.beside is not None:
                 self._step_beside(index)
             elif request.takes_glimpse and index in request.glimpse.attention_layers:
                 layer = self.decoder_run.layers[index]
-                plain = plain_rotary(self.decoder_run.decoder.config, rotary)
+                plain = plain_rotary(self.decoder_run.decoder.config, self.rotary)
                 query_rotary = tuple(part[:, self._query] for part in plain)
                 keys = self._keys(index)
                 self._read(index, query_logits(layer, query_states, keys, query_rotary))
 
     def look_ahead(self) -> None:
         """Let text and glimpse run on to layer K over the visual tokens as they stand."""
-        ahead = LookAhead(self.decoder_run, self.block, self.request, self.beside)
+        ahead = LookAhead(self.decoder_run, self.block, self.rotary, self.request, self.beside)
         for index in range(self.request.prune_layer + 1, self.request.glimpse_layer + 1):
             read = ahead.step(index)
             if read is not None:

@@ -25,6 +25,7 @@ PIXEL_INPUTS = (
     "pixel_values_videos",
     "video_grid_thw",
     "image_sizes",
+    "vision_feature_select_strategy",
 )
 
 
@@ -85,6 +86,8 @@ def visual_positions(stock, prompt: dict) -> list[int]:
     visual = {getattr(stock.config, name) for name in names if hasattr(stock.config, name)}
     ids = prompt["input_ids"][0].tolist()
     placeholders = [i for i, token in enumerate(ids) if token in visual]
+    if prompt.get("vision_feature_select_strategy") == "full":  # each image's class token first
+        return [place for i, place in enumerate(placeholders) if i % (SIDE**2 + 1)]
     if "image_sizes" not in prompt:
         return placeholders
     visual = [view for size in prompt["image_sizes"].tolist() for view in _is_visual(size)]
@@ -185,7 +188,7 @@ def score_slowly(stock, glimpse, config, prompt: dict) -> torch.Tensor:
     takes its query against the keys of the attention layers, and evaluates the predictor token by
     token (paper, sections 3.1 and 3.2).
     """
-    weights = {name: weight.detach() for name, weight in glimpse.state_dict().items()}
+    weights = weights_of(glimpse)
     hidden_states, keys, position = _run_with_glimpse(stock, weights, config, prompt)
     visual = visual_positions(stock, prompt)
     columns = [
@@ -194,7 +197,20 @@ def score_slowly(stock, glimpse, config, prompt: dict) -> torch.Tensor:
     ]  # each (heads, keys)
     if config.attention_scores == "log_probabilities":
         columns = [column.log_softmax(-1) for column in columns]
-    attention = torch.cat(columns)[:, visual].T  # (n, attention_layers * heads)
+    return predict_slowly(stock, weights, config, prompt, torch.cat(columns)[:, visual].T)
+
+
+def weights_of(glimpse) -> dict[str, torch.Tensor]:
+    """The glimpse's weights by name."""
+    return {name: weight.detach() for name, weight in glimpse.state_dict().items()}
+
+
+def predict_slowly(stock, weights: dict, config, prompt: dict, attention) -> torch.Tensor:
+    """Importance logits `(n,)` of a prompt's visual tokens.
+
+    Args:
+        attention: `(n, attention_layers * heads)`, what the glimpse token's attention says of each.
+    """
     features, tokens = _tapped_features(stock, config.vision_layers, prompt)
     return _predict(weights, config, attention, features, tokens)
 
@@ -209,41 +225,46 @@ class _Token(NamedTuple):
     window: tuple[int, int]
 
 
-def _glimpse_vectors(weights: dict, config, layer: int, norm_eps: float) -> torch.Tensor | None:
+def glimpse_vectors(weights: dict, config, layer: int, norm_eps: float) -> torch.Tensor | None:
     """Normalised projections of a layer's glimpse embeddings `(tokens, hidden)`."""
     if layer not in config.glimpse_embedding_layers:
         return None
     embeddings = weights["token.embeddings"][config.glimpse_embedding_layers.index(layer)]
     vectors = embeddings @ weights["token.projection.weight"].T + weights["token.projection.bias"]
     if config.glimpse_norm == "rms_norm":
-        return _rms_norm(vectors, weights["token.norm.weight"], norm_eps)
+        return rms_norm(vectors, weights["token.norm.weight"], norm_eps)
     scale, shift = weights["token.norm.weight"], weights["token.norm.bias"]
     return torch.nn.functional.layer_norm(vectors, scale.shape, scale, shift, norm_eps)
 
 
-def _rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     return weight * states / (states.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def embeddings_of(stock, prompt: dict) -> torch.Tensor:
+    """What the decoder is given, `(1, P, hidden)`: words and encoded images in their places."""
+    captured = {}
+
+    def note(module, args, kwargs):
+        captured["embeddings"] = kwargs["inputs_embeds"]
+
+    hook = stock.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    pixels = {name: prompt[name] for name in PIXEL_INPUTS if name in prompt}
+    length = prompt["input_ids"].shape[1]
+    stock(input_ids=prompt["input_ids"], position_ids=positions(stock, prompt, length), **pixels)
+    hook.remove()
+    return captured["embeddings"]
 
 
 def _run_with_glimpse(stock, weights: dict, config, prompt: dict):
     """Inputs `(P + g, hidden)` of each layer, its keys, and the last token's position."""
-    text_model = stock.model.language_model
-    captured = {}
-
-    def stop(module, args, kwargs):
-        captured["embeddings"] = kwargs["inputs_embeds"]
-
-    hook = text_model.register_forward_pre_hook(stop, with_kwargs=True)
-    pixels = {name: prompt[name] for name in PIXEL_INPUTS if name in prompt}
+    text_model, embeddings = stock.model.language_model, embeddings_of(stock, prompt)
     length, count = prompt["input_ids"].shape[1], config.num_glimpse_tokens
-    stock(input_ids=prompt["input_ids"], position_ids=positions(stock, prompt, length), **pixels)
-    hook.remove()
     eps = config.get_text_config().rms_norm_eps
     added = [
-        _glimpse_vectors(weights, config, layer, eps) if count else None
+        glimpse_vectors(weights, config, layer, eps) if count else None
         for layer in range(len(text_model.layers))
     ]
-    embeddings = captured["embeddings"]
     if count:
         embeddings = torch.cat([embeddings, added[0][None]], dim=1)
     inputs = [None] * len(text_model.layers)
@@ -274,7 +295,7 @@ def _attention_of_last(stock, layer: int, hidden, keys, position: int) -> torch.
     """Scaled products `(heads, keys)` of one token's query with rotated keys."""
     config = stock.config.get_text_config()
     decoder_layer = stock.model.language_model.layers[layer]
-    normed = _rms_norm(hidden, decoder_layer.input_layernorm.weight, config.rms_norm_eps)
+    normed = rms_norm(hidden, decoder_layer.input_layernorm.weight, config.rms_norm_eps)
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     query = decoder_layer.self_attn.q_proj(normed).view(heads, size)
     angles = [position * 10_000.0 ** (-2 * i / size) for i in range(size // 2)]
@@ -369,7 +390,7 @@ def _features_of_qwen(stock, vision_layers: list[int], prompt: dict):
     patches = vision.spatial_merge_size**2
     features = []
     for layer in vision_layers:
-        raster = torch.empty(len(tokens), captured[layer].shape[-1])
+        raster = captured[layer].new_empty(len(tokens), captured[layer].shape[-1])
         for place, token in enumerate(in_window_order):
             raster[token] = captured[layer][place * patches : (place + 1) * patches].mean(0)
         features.append(raster)
@@ -406,7 +427,7 @@ def _predict(weights: dict, config, attention, features, tokens: list[_Token]) -
     hidden = linear("attention_projection", attention)  # (n, size)
     for index, tapped in enumerate(features):
         prefix = f"layers.{index}"
-        normed = _rms_norm(hidden, weights[f"{prefix}.attention_norm.weight"])
+        normed = rms_norm(hidden, weights[f"{prefix}.attention_norm.weight"])
         joint = normed
         if config.predictor_use_vision:
             joint = torch.cat([normed, linear(f"condition_projections.{index}", tapped)], dim=-1)
@@ -416,7 +437,7 @@ def _predict(weights: dict, config, attention, features, tokens: list[_Token]) -
         )
         mixed = _attend_slowly(query, key, value, tokens, config)
         hidden = hidden + linear(f"{prefix}.attention.o_proj", mixed)
-        normed = _rms_norm(hidden, weights[f"{prefix}.mlp_norm.weight"])
+        normed = rms_norm(hidden, weights[f"{prefix}.mlp_norm.weight"])
         gate = linear(f"{prefix}.mlp.gate_proj", normed)
         up = linear(f"{prefix}.mlp.up_proj", normed)
         hidden = hidden + linear(f"{prefix}.mlp.down_proj", gate * gate.sigmoid() * up)

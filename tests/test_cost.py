@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TRANSFORMERS_5, build_batch, build_models
+from conftest import build_batch, build_models
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,8 +18,10 @@ from benchmarks.efficiency.measurement import (
 from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
+    Additions,
     Decoder,
     Predictor,
+    PrefillLaw,
     VisionEncoder,
     pruned_after_layer,
     pruned_prefill,
@@ -93,9 +95,11 @@ def geometry(model) -> tuple[Decoder, Predictor]:
     return decoder, predictor
 
 
-def rotary_flops(decoder: Decoder, tokens: int) -> int:
-    """transformers 4 multiplies matrices for the three axes' rotary angles; 5 does not."""
-    return 0 if TRANSFORMERS_5 else 3 * decoder.hidden // decoder.heads * tokens
+def rotary_flops(model, tokens: int) -> int:
+    """Releases that keep a table for each of the three axes multiply matrices for the angles."""
+    decoder = model.model.language_model
+    table, _ = decoder.rotary_emb(torch.zeros(1), torch.zeros(3, 1, 1, dtype=torch.long))
+    return 3 * table.shape[-1] * tokens if table.ndim == 4 else 0
 
 
 @pytest.mark.parametrize("kept_ratio", [0.05, 0.3, 1.0])
@@ -107,10 +111,34 @@ def test_formula_agrees_with_the_counter(models, batch, kept_ratio):
     visual = math.prod(GRID)
     expected = pruned_prefill(decoder, predictor, 3, text, visual, kept)
     assert kept == max(1, int(kept_ratio * visual))
-    expected += rotary_flops(decoder, text + visual + 1 + text + kept)
+    expected += rotary_flops(models.pruned, text + visual + 1 + text + kept)
     assert decoder_flops(models.pruned, batch, **settings) == expected
-    stock = stock_prefill(decoder, text + visual) + rotary_flops(decoder, text + visual)
+    stock = stock_prefill(decoder, text + visual) + rotary_flops(models.stock, text + visual)
     assert decoder_flops(models.stock, batch) == stock
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (4, 2)])
+@pytest.mark.parametrize("prune_layer", [0, 1, 2, 3])
+def test_looking_ahead_costs_what_the_formula_says(batch, prune_layer, ranks):
+    lora, stale = ranks
+    glimpse = {"glimpse_layer": 3, "vision_layers": [2, 1]}
+    glimpse |= {"glimpse_lora_rank": lora, "stale_rank": stale}
+    model = build_models(hidden_size=64, num_layers=6, glimpse=glimpse).pruned.requires_grad_(False)
+    settings = {"prune_threshold": 0.0, "max_keep_ratio": 0.1, "prune_layer": prune_layer}
+    kept = cache_of(run(model, batch, **settings)).glimpse.kept
+    text, visual = sum(TEXT) + VISION_TOKENS, math.prod(GRID)
+    law = PrefillLaw.of(model.config)
+    expected = law.pruned(prune_layer, text, visual, kept)
+    expected += rotary_flops(model, text + visual + 1 + text + kept)
+    assert decoder_flops(model, batch, **settings) == expected
+
+
+def test_an_early_prefill_of_7b_costs_a_quarter_of_stock():
+    stock = stock_prefill(QWEN2_5_VL_7B, 5060)
+    shape = (QWEN2_5_VL_7B, OFFICIAL_PREDICTOR_7B, 18, 60, 5000, 200)
+    for additions in (Additions(), Additions(16, 16)):
+        assert pruned_prefill(*shape, 5, additions) <= 0.245 * stock
+        assert pruned_prefill(*shape, 4, additions) <= 0.21 * stock
 
 
 def test_prefill_of_7b_costs_at_most_0675_of_stock():
@@ -232,6 +260,14 @@ def test_one_wait_for_the_device_beyond_stock(models, batch):
     assert stock > 0  # the counter sees the stock model's own
     assert count_waits(models.pruned, batch, max_keep_ratio=0.2) == stock + 1
     assert count_waits(models.pruned, batch, prune=False) == stock
+    assert count_waits(models.pruned, batch, max_keep_ratio=0.2, prune_layer=1) == stock + 1
+
+
+def test_a_batch_that_looks_ahead_waits_once_more(models):
+    """How many visual tokens each of several rows has is known on the device alone."""
+    batch = build_batch([[3, (3, 4), 4], [2, (2, 5), 1]])
+    waits = [count_waits(models.pruned, batch, prune_layer=layer) for layer in (3, 1)]
+    assert waits[1] == waits[0] + 1
 
 
 class LargestTensor(TorchDispatchMode):
@@ -250,9 +286,10 @@ class LargestTensor(TorchDispatchMode):
         return output
 
 
-def test_nothing_is_quadratic_in_the_visual_tokens(models):
+@pytest.mark.parametrize("prune_layer", [3, 1])
+def test_nothing_is_quadratic_in_the_visual_tokens(models, prune_layer):
     grid = (48, 48)
     batch = build_batch([[3, grid, 4]])
     with LargestTensor() as largest:
-        run(models.pruned, batch, max_keep_ratio=0.1)
+        run(models.pruned, batch, max_keep_ratio=0.1, prune_layer=prune_layer)
     assert largest.most < math.prod(grid) ** 2 / 4

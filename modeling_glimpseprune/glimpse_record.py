@@ -70,6 +70,13 @@ class GlimpseRecord(KeptCounts):
     glimpse_layer: int
     prune_layer: int
 
+    def nan_counts(self, num_rows: int) -> torch.Tensor:
+        """`(num_rows,)` scores of each row that are no numbers. Does not wait for the device."""
+        counts = self.rows.new_zeros(num_rows)
+        if self.importance is None:
+            return counts
+        return counts.index_add_(0, self.rows, self.importance.detach().isnan().to(counts))
+
     @property
     def visuals(self) -> list[VisualRecord]:
         """The images and videos, one record each, in prompt order."""
@@ -88,3 +95,23 @@ class GlimpseRecord(KeptCounts):
             )
             for i, kind in enumerate(self.kinds)
         ]
+
+
+def refuse_nan(nan_counts: list[int]) -> None:
+    """Refuse scores that are no numbers, of which nothing can be chosen.
+
+    Infinite ones are numbers: they are above or below every threshold.
+
+    Args:
+        nan_counts: of each row of the batch.
+
+    Raises:
+        ValueError: naming the rows.
+    """
+    rows = [row for row, count in enumerate(nan_counts) if count]
+    if rows:
+        raise ValueError(
+            f"the importance scores of row(s) {rows} are no numbers (nan), so nothing can be "
+            "pruned: look for nan in the pixel values and in the weights, and for numbers beyond "
+            "float16's range (bfloat16 and float32 reach further)"
+        )

@@ -4,7 +4,7 @@ import torch
 
 from .decoder_layers import Rotary, query_logits, run_attention, run_layer, run_mlp
 from .decoder_run import DecoderRun
-from .glimpse_record import GlimpseRecord
+from .glimpse_record import GlimpseRecord, refuse_nan
 from .look_ahead import LookAhead
 from .prune_request import PruneRequest
 from .runners import Runners
@@ -214,8 +214,8 @@ class Prefill:
             kept: `(batch, prompt)` bool.
 
         Raises:
-            ValueError: when the masks came from weights that were never trained, or a prompt ends
-                in padding.
+            ValueError: when the masks came from weights that were never trained or from scores that
+                are no numbers, or a prompt ends in padding.
         """
         block, trained = self.block, self.request.glimpse.trained.to(kept.device).view(1)
         all_real = ends_real = trained.new_ones(1)
@@ -223,10 +223,13 @@ class Prefill:
             all_real = block.mask.all().view(1)
             ends_real = block.valid[:, block.prompt_length - 1].all().view(1)
         last_visual = self.request.tokens.columns.max().view(1).to(kept.device)
-        known = torch.cat([kept.sum(1), trained, all_real, ends_real, last_visual])
+        nan_counts = self.decoder_run.cache.glimpse.nan_counts(len(kept)).to(kept.device)
+        known = torch.cat([kept.sum(1), nan_counts, trained, all_real, ends_real, last_visual])
         *counts, trained, all_real, ends_real, last_visual = known.tolist()
+        counts, nan_counts = counts[: len(kept)], counts[len(kept) :]
         if not trained and self.request.takes_glimpse:
             raise ValueError(UNTRAINED)
+        refuse_nan(nan_counts)
         if not ends_real:
             raise ValueError(
                 "a prompt ends in padding, where the answer would start: pad on the left "

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .glimpse import Glimpse
-from .glimpse_record import GlimpseRecord
+from .glimpse_record import GlimpseRecord, refuse_nan
 from .glimpse_weights import GlimpseWeightsMixin
 from .later_turns import past_length
 from .prefill import UNTRAINED
@@ -90,7 +90,8 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
             Importance, keep masks and grids of all images and videos, in prompt order.
 
         Raises:
-            ValueError: when the prompt has no visual tokens, or the glimpse weights are untrained.
+            ValueError: when the prompt has no visual tokens, the glimpse weights are untrained, or
+                scores are no numbers.
         """
         if inputs.get("visual_keep_mask") is None and not self.model.glimpse.trained:
             raise ValueError(UNTRAINED)
@@ -98,6 +99,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         cache = cache_of(outputs)
         if not hasattr(cache, "glimpse"):
             raise ValueError("this prompt has no image or video to glimpse at")
+        refuse_nan(cache.glimpse.nan_counts(len(outputs.last_hidden_state)).tolist())
         return cache.glimpse
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):

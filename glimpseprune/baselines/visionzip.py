@@ -146,7 +146,8 @@ def read_encoder_attention(
     received = torch.zeros(len(states), device=states.device)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         for head in range(attention.num_heads):  # one at a time: memory of one head's attention
-            logits = queries[start:end, head] @ keys[start:end, head].T * attention.scaling
+            query = queries[start:end, head] * attention.scaling  # before it could overflow
+            logits = query @ keys[start:end, head].T
             received[start:end] += logits.float().softmax(-1).mean(0) / attention.num_heads
     return received, keys.mean(1)
 

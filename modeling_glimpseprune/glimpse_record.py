@@ -20,7 +20,8 @@ class KeptCounts:
 
     @property
     def retention(self) -> float:
-        return self.kept / self.total
+        """`kept / total`; 1 where there is nothing to drop."""
+        return self.kept / self.total if self.total else 1.0
 
 
 @dataclass
@@ -32,7 +33,8 @@ class VisualRecord(KeptCounts):
         row: row of the batch it belongs to.
         importance: `(n,)` logits in prompt order, or None when the caller gave the keep mask.
         keep_mask: `(n,)` bool, True where kept.
-        grid: its visual tokens as `(frames, height, width)`.
+        grid: its visual tokens as `(frames, height, width)`. A side of 0, and no tokens, has the
+            high-resolution view of a LLaVA-NeXT image that is very much longer than wide.
     """
 
     kind: str
@@ -56,7 +58,9 @@ class GlimpseRecord(KeptCounts):
         geometry: `(N, 6)` frame, row and column of each token, then its image's frames, height and
             width, all in tokens.
         kinds: `"image"` or `"video"`, one an item.
-        sizes: tokens of each item.
+        sizes: tokens of each item; a view may have none.
+        item_rows: `(items,)` row of the batch of each.
+        grids: `(items, 3)` frames, height and width of each, in tokens.
         glimpse_layer: K, where the glimpse's attention was read.
         prune_layer: P, after whose attention the tokens are dropped.
     """
@@ -67,6 +71,8 @@ class GlimpseRecord(KeptCounts):
     geometry: torch.Tensor
     kinds: list[str]
     sizes: list[int]
+    item_rows: torch.Tensor
+    grids: torch.Tensor
     glimpse_layer: int
     prune_layer: int
 
@@ -84,14 +90,14 @@ class GlimpseRecord(KeptCounts):
         if self.importance is not None:
             importance = self.importance.split(self.sizes)
         keep_masks = self.keep_mask.split(self.sizes)
-        rows, geometry = self.rows.split(self.sizes), self.geometry.split(self.sizes)
+        rows, grids = self.item_rows.tolist(), self.grids.tolist()
         return [
             VisualRecord(
                 kind=kind,
-                row=int(rows[i][0]),
+                row=rows[i],
                 importance=importance[i],
                 keep_mask=keep_masks[i],
-                grid=tuple(geometry[i][0, 3:].tolist()),
+                grid=tuple(grids[i]),
             )
             for i, kind in enumerate(self.kinds)
         ]

@@ -157,7 +157,7 @@ class GlimpsePruneLlavaModel(ClipBackboneMixin, LlavaModel):
         grids = torch.tensor([[1, self.side, self.side]] * len(embeddings), device=taps[0].device)
         geometry = token_geometry(grids, [count] * len(embeddings))
         layers = [tap[:, -count:].flatten(0, 1) for tap in taps]  # (images * count, width)
-        return whole_images(embeddings, layers, geometry, skipped=len(embeddings[0]) - count)
+        return whole_images(embeddings, layers, geometry, grids, skipped=len(embeddings[0]) - count)
 
     def image_rows(self, input_ids: torch.LongTensor, **inputs) -> list[list[int]]:
         taken = self._placeholders(inputs)

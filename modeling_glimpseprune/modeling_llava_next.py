@@ -53,7 +53,9 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
       keep masks, records and retention leave them out, as they do the prompt's text.
     - 2-D positions: row and column in the token's own view, from 0.
 
-    Records hold two entries an image, of the kinds `"base_view"` and `"image"`, in this order.
+    Records hold two entries an image, of the kinds `"base_view"` and `"image"`, in this order. Of a
+    very long and narrow image no column (or row) of patches is left in the grid, which then has no
+    tokens; the newline tokens of its rows stay.
     """
 
     config_class = GlimpsePruneLlavaNextConfig
@@ -103,13 +105,13 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
         return [
             ImageView(
                 [layer[0] for layer in layers],
-                _geometry(self.side, self.side, device),
+                *_geometry(self.side, self.side, device),
                 torch.arange(count, device=device),
                 "base_view",
             ),
             ImageView(
                 [each.flatten(1).T for each in maps],
-                _geometry(rows, columns, device),
+                *_geometry(rows, columns, device),
                 self._grid_places(rows, columns, device),
                 "image",
             ),
@@ -180,6 +182,7 @@ class GlimpsePruneLlavaNextForConditionalGeneration(
     )
 
 
-def _geometry(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """`(tokens, 6)`, see `token_geometry`."""
-    return token_geometry(torch.tensor([[1, rows, columns]], device=device), [rows * columns])
+def _geometry(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Geometry `(tokens, 6)`, see `token_geometry`, and grid `(3,)` of a view."""
+    grids = torch.tensor([[1, rows, columns]], device=device)
+    return token_geometry(grids, [rows * columns]), grids[0]

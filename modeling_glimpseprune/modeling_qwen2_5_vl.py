@@ -124,7 +124,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
             past = past_length(cache)
             arguments["attention_mask"] = attention_mask[:, past : past + input_ids.shape[1]]
         for kind, features in encoded.items():
-            first = torch.stack([views[0].geometry[0, 3:] for views in features.glimpse_views])
+            first = torch.stack([views[0].grid for views in features.glimpse_views])
             merge = self.visual.spatial_merge_size
             arguments[f"{kind}_grid_thw"] = first * first.new_tensor([1, merge, merge])
         arguments |= token_types(*(input_ids == token for token in self.visual_token_ids.tolist()))
@@ -148,10 +148,11 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         sizes = [len(of_image) for of_image in embeddings]
         merge = self.visual.spatial_merge_size
         scale = torch.tensor([1, merge, merge], device=grids.device)
-        geometry = token_geometry(grids // scale, sizes).to(taps[0].device)
+        grids = grids // scale
+        geometry = token_geometry(grids, sizes).to(taps[0].device)
         order = window_order(geometry, sizes, self.predictor_window)
         layers = [torch.empty_like(tap).index_copy(0, order, tap) for tap in taps]
-        return whole_images(embeddings, layers, geometry)
+        return whole_images(embeddings, layers, geometry, grids)
 
 
 class GlimpsePruneQwen2_5_VLForConditionalGeneration(

@@ -105,6 +105,8 @@ class Prefill:
             tokens.geometry,
             tokens.kinds,
             tokens.sizes,
+            tokens.item_rows,
+            tokens.grids,
             request.glimpse_layer,
             request.prune_layer,
         )

@@ -110,7 +110,8 @@ class GlimpsePruneLlavaNextProcessor(CheckedProcessorMixin, LlavaNextProcessor):
         tiles = best_height // tile_height, best_width // tile_width
         visual, rows = self._get_unpadded_features(height, width, *base, *tiles)
         placeholders = base[0] * base[1] + visual + rows  # a newline token ends each row
-        return ImageLayout(placeholders, [base, (rows, visual // rows)])
+        columns = visual // rows if rows else base[1] * tiles[1]
+        return ImageLayout(placeholders, [base, (rows, columns)])
 
 
 def check_has_pixels(image: object, index: int) -> None:

@@ -17,6 +17,7 @@ class ImageView:
     Attributes:
         taps: one `(tokens, width)` tensor a tapped vision layer.
         geometry: `(tokens, 6)`, see `token_geometry`.
+        grid: `(3,)` its frames, height and width in tokens; a side may be 0.
         places: `(tokens,)` ascending index of each among its image's placeholders. Placeholders
             that no view names are no visual tokens: they are never dropped.
         name: what the view is called, or None for the only one of an image.
@@ -24,6 +25,7 @@ class ImageView:
 
     taps: list[torch.Tensor]
     geometry: torch.Tensor
+    grid: torch.Tensor
     places: torch.Tensor
     name: str | None = None
 
@@ -74,6 +76,7 @@ def whole_images(
     embeddings: list[torch.Tensor],
     layers: list[torch.Tensor],
     geometry: torch.Tensor,
+    grids: torch.Tensor,
     skipped: int = 0,
 ) -> VisualFeatures:
     """Features of images whose placeholders are visual tokens of one view.
@@ -82,14 +85,14 @@ def whole_images(
         embeddings: one `(skipped + tokens, hidden)` tensor an image.
         layers: one `(N, width)` tensor a tapped vision layer, image after image.
         geometry: `(N, 6)`, see `token_geometry`.
+        grids: `(images, 3)` frames, height and width of each image in tokens.
         skipped: placeholders at the start of each image that are no visual tokens.
     """
     sizes = [len(of_image) - skipped for of_image in embeddings]
     taps = zip(*(layer.split(sizes) for layer in layers), strict=True)
-    views = [
-        [ImageView(list(layers), grid, torch.arange(len(grid), device=grid.device) + skipped)]
-        for layers, grid in zip(taps, geometry.split(sizes), strict=True)
-    ]
+    places = [torch.arange(size, device=geometry.device) + skipped for size in sizes]
+    parts = zip(taps, geometry.split(sizes), grids, places, strict=True)
+    views = [[ImageView(list(layers), *where)] for layers, *where in parts]
     return VisualFeatures(pooler_output=list(embeddings), glimpse_views=views)
 
 

@@ -18,7 +18,9 @@ class VisualTokens:
         features: one `(N, width)` tensor a tapped vision layer.
         geometry: `(N, 6)`, see `token_geometry`.
         kinds: `"image"`, `"video"` or the name of a view, one an item.
-        sizes: tokens of each item.
+        sizes: tokens of each item; a view may have none.
+        item_rows: `(items,)` row of the batch of each.
+        grids: `(items, 3)` frames, height and width of each, in tokens.
     """
 
     rows: torch.Tensor
@@ -27,6 +29,8 @@ class VisualTokens:
     geometry: torch.Tensor
     kinds: list[str]
     sizes: list[int]
+    item_rows: torch.Tensor
+    grids: torch.Tensor
 
     @property
     def total(self) -> int:
@@ -42,6 +46,8 @@ class VisualTokens:
         groups: list[TokenGroup] = []
         for start, size, height, width in frames:
             last = groups[-1] if groups else None
+            if size == 0:
+                continue
             if window is not None:
                 groups.append(WindowedTokenGroup(start, height, width, window))
             elif last is not None and last.size == size:
@@ -53,11 +59,10 @@ class VisualTokens:
     def _frames(self, need_grids: bool) -> list[tuple[int, int, int, int]]:
         """`(start, size, height, width)` of each frame; images need no grid, nor a wait for it."""
         frames, start = [], 0
-        for kind, size in zip(self.kinds, self.sizes, strict=True):
-            grid = (1, 1, size)
-            if need_grids or kind == "video":
-                grid = self.geometry[start, 3:].tolist()
-            count, height, width = grid
+        grids = [(1, 1, size) for size in self.sizes]
+        if need_grids or "video" in self.kinds:
+            grids = self.grids.tolist()
+        for size, (count, height, width) in zip(self.sizes, grids, strict=True):
             per_frame = height * width
             frames += [(start + i * per_frame, per_frame, height, width) for i in range(count)]
             start += size
@@ -94,6 +99,8 @@ def collect_visual_tokens(
         geometry=torch.cat([view.geometry for _, view in views]).to(device),
         kinds=[view.name or image.kind for image, view in views],
         sizes=[len(view.places) for _, view in views],
+        item_rows=torch.stack([image.placeholders[0] // length for image, _ in views]),
+        grids=torch.stack([view.grid for _, view in views]).to(device),
     )
 
 

@@ -23,6 +23,7 @@ def config_fields(
     num_key_value_heads: int = 2,
     vision_depth: int = 3,
     text_model_type: str = "llama",
+    patch_size: int = PATCH,
     **windows,
 ) -> dict:
     """Keyword arguments of a tiny stock configuration; CLIP has no windows to be set."""
@@ -37,11 +38,12 @@ def config_fields(
         text["sliding_window"] = None
     vision = dict(
         model_type="clip_vision_model", hidden_size=16, intermediate_size=32, image_size=TILE,
-        num_hidden_layers=vision_depth, num_attention_heads=2, patch_size=PATCH, projection_dim=8,
+        num_hidden_layers=vision_depth, num_attention_heads=2, patch_size=patch_size,
+        projection_dim=8,
     )  # fmt: skip
     return dict(
         text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN,
-        tie_word_embeddings=False, image_seq_length=SIDE**2,
+        tie_word_embeddings=False, image_seq_length=(TILE // patch_size) ** 2,
     )  # fmt: skip
 
 

@@ -373,8 +373,9 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
         zeros = torch.zeros(20, 6, dtype=torch.long, device="cuda:0")
         features = [torch.empty(20, 16, device="cuda:1") for _ in config.vision_layers]
         tokens = VisualTokens(
-            zeros[:, 0], zeros[:, 1], features, zeros, ["image", "image"], [10, 10]
-        )
+            zeros[:, 0], zeros[:, 1], features, zeros, ["image", "image"], [10, 10],
+            zeros[:2, 0], zeros[:2, :3],
+        )  # fmt: skip
         request = PruneRequest(
             model.glimpse, tokens, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1, glimpse_layer
         )

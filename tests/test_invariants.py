@@ -18,11 +18,18 @@ PROMPTS = {
     "several_images": [[(2, 3), 2, (3, 2), 1, (1, 1), 3]],
     "ragged_batch": [[3, (2, 3), 4], [(4, 4), 2, (1, 2), 5], [2, (3, 3), (2, 2), 1]],
     "batch_with_text_only_row": [[6], [2, (3, 3), 3], [1, (2, 2), (2, 1), 2]],
+    "strips_beside_photos": [[1, (9, 1), 2, (2, 3), 3], [(2, 2), (1, 9), 2], [2, (9, 1), 1]],
     "video": [[2, (2, 3, 4), 4]],
     "long_video": [[3], [2, (5, 1, 2), 4]],
     "images_and_videos": [[1, (2, 2), 2, (2, 2, 2), 3], [4, (2, 3, 1), 1, (3, 2), 2]],
 }
-IMAGE_PROMPTS = ["one_image", "several_images", "ragged_batch", "batch_with_text_only_row"]
+IMAGE_PROMPTS = [
+    "one_image",
+    "several_images",
+    "ragged_batch",
+    "batch_with_text_only_row",
+    "strips_beside_photos",
+]
 FAMILY_NAMES = ("qwen2_5_vl", "llava", "llava_next")
 TEXT_ONLY = {"one": [[7]], "batch": [[3], [9], [5]]}
 

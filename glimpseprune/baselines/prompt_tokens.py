@@ -56,10 +56,10 @@ def prompts_of(
     tokens = request.tokens
     counts = torch.bincount(tokens.rows, minlength=len(samples)).tolist()
     embeddings = inputs_embeds[tokens.rows, tokens.columns].split(counts)
-    starts = torch.tensor([0, *tokens.sizes[:-1]]).cumsum(0)
-    views = zip(tokens.rows[starts].tolist(), tokens.geometry[starts, 4:].tolist(), strict=True)
     grids: list[list[tuple[int, int]]] = [[] for _ in samples]
-    for row, (height, width) in views:
+    for row, (_, height, width) in zip(
+        tokens.item_rows.tolist(), tokens.grids.tolist(), strict=True
+    ):
         grids[row].append((height, width))
     return [
         PromptTokens(

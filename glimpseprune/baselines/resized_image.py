@@ -21,8 +21,13 @@ class ResizedImage(Method):
     name: str = "resized image"
 
     def present(self, sample: Sample, processor: ProcessorMixin) -> Sample:
-        """Raises ValueError when the processor gives every image the same number of tokens."""
+        """Raises ValueError when the processor gives the image no tokens, or always as many."""
         height, width = _grid(sample.image, processor)
+        if height * width == 0:
+            raise ValueError(
+                f"an image of {sample.image.width} x {sample.image.height} pixels has no "
+                "high-resolution tokens, so no smaller image has fewer"
+            )
         budget = budget_of(height * width, self.ratio)
         rows, columns = smaller_grid(height, width, budget)
         size = (

@@ -71,12 +71,16 @@ def open_image(path: Path):
 
 
 def draw(image, visuals: list, output: Path) -> None:
-    """Write the picture of one image's glimpse, its views one below the other."""
+    """Write the picture of one image's glimpse, its views one below the other.
+
+    A view without tokens is left out.
+    """
     from PIL import Image
 
     from ..visualisation import draw_glimpse
 
     output.parent.mkdir(parents=True, exist_ok=True)
+    visuals = [visual for visual in visuals if visual.total]
     picture = Image.new("RGB", (2 * image.width, len(visuals) * image.height))
     for index, visual in enumerate(visuals):
         view = draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])

@@ -132,7 +132,7 @@ def calibrate(
     if not 0 < wanted_retention <= 1:
         raise ValueError(f"retention must lie in (0, 1], got {wanted_retention}")
     samples = by_size(samples)
-    importance, evidence = _scores(model, processor, samples, layers, batch_size)
+    importance, evidence = score_questions(model, processor, samples, layers, batch_size)
     thresholds = {
         layer: threshold_for(rows, wanted_retention) for layer, rows in importance.items()
     }
@@ -144,7 +144,7 @@ def calibrate(
         LayerFigures(
             prune_layer=layer,
             late_recall=_late_recall(importance[layer], late),
-            evidence_recall=_evidence_recall(importance[layer], thresholds[layer], evidence),
+            evidence_recall=evidence_recall(importance[layer], thresholds[layer], evidence),
             threshold=thresholds[layer],
             retention=_mean([answer.kept for answer in given]),
             agreement=_agreement(given, base),
@@ -188,14 +188,19 @@ def top_overlap(importance: torch.Tensor, reference: torch.Tensor, share: float)
     return len(best & wanted) / count
 
 
-def _scores(
+def score_questions(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     samples: Sequence[Sample],
     layers: Sequence[int],
     batch_size: int,
 ) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor]]:
-    """Importance of each question's tokens by layer, and which of them show evidence."""
+    """Importance of each question's tokens by prune layer, and which of them show evidence.
+
+    Returns:
+        For each layer one `(n,)` tensor of logits a question, and one `(n,)` bool tensor a
+        question, in the order of `by_size`.
+    """
     importance: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     evidence: list[torch.Tensor] = []
     for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
@@ -243,9 +248,10 @@ def _late_recall(
     )
 
 
-def _evidence_recall(
+def evidence_recall(
     importance: Sequence[torch.Tensor], threshold: float, evidence: Sequence[torch.Tensor]
 ) -> float | None:
+    """Part of a question's evidence that exceeds a threshold, on average; None without any."""
     recalls = [
         (logits.sigmoid()[shown] > threshold).float().mean().item()
         for logits, shown in zip(importance, evidence, strict=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.visual_cot import VisualCoTDataset, read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
-from .base import load_for_training, start_glimpse_as
+from .base import late_backbone, load_for_training, start_glimpse_as, start_glimpse_from
 from .checkpoints import checkpoint_to_resume
 from .repository import write_repository
 from .run_plot import PLOT, plot_run
@@ -47,11 +47,17 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     model, processor, dtype = load_for_training(
         recipe.base, recipe.glimpse, config.bf16, recipe.attn_implementation
     )
-    if recipe.start_text is not None and not model.model.glimpse.trained:
+    late = None
+    if recipe.late_glimpse is not None:
+        late = late_backbone(recipe.late_glimpse, model)
+        if not model.model.glimpse.trained:
+            start_glimpse_from(model, late.glimpse)
+    elif recipe.start_text is not None and not model.model.glimpse.trained:
         start_glimpse_as(model, processor, recipe.start_text)
     trainer = Stage1Trainer(
         model,
         config,
+        late=late if config.late_weight else None,
         train_dataset=train,
         eval_dataset=validation,
         data_collator=VisualCoTCollator(processor, recipe.min_pixels, recipe.max_pixels),

@@ -17,6 +17,7 @@ WEIGHTS = (
     "answer_weight",
     "distillation_weight",
     "retention_weight",
+    "late_weight",
 )
 TEMPERATURES = ("mask_temperature", "final_mask_temperature")
 
@@ -35,6 +36,8 @@ class Stage1Config(TrainingArguments):
         retention_weight: within distillation, of what keeping visual tokens costs.
         retention_target: the expected share of tokens kept that it pulls towards; None: the share
             itself is the cost, a price for every token.
+        late_weight: of Dice and binary cross-entropy between importance and the probabilities that
+            the recipe's `late_glimpse` gives.
         mask_temperature, final_mask_temperature: of the soft mask at the first and the last step;
             it falls geometrically in between.
         mask_noise: whether soft masks are drawn at random, see `log_keep_probability`.
@@ -53,6 +56,7 @@ class Stage1Config(TrainingArguments):
     distillation_weight: float = 0.0
     retention_weight: float = 1.0
     retention_target: float | None = 0.1
+    late_weight: float = 0.0
     mask_temperature: float = 0.25
     final_mask_temperature: float = 0.1
     mask_noise: bool = True
@@ -107,6 +111,7 @@ class Stage1Config(TrainingArguments):
             "answer_loss": grounding * self.answer_weight,
             "distillation_loss": distillation,
             "retention_loss": distillation * self.retention_weight,
+            "late_loss": self.late_weight,
         }
         return {name: weight for name, weight in weights.items() if weight > 0}
 
@@ -137,6 +142,9 @@ class Stage1Recipe(TrainingRecipe):
         validation_data: questions held out; None measures nothing.
         glimpse: configuration fields of the glimpse (see `GlimpsePruneConfigMixin`) for a stock
             base.
+        late_glimpse: a GlimpsePrune repository on the same base whose glimpse is read late (P = K).
+            Fresh glimpse weights start as its own, low-rank additions apart, which start at zero;
+            with `training.late_weight` it is also the teacher.
         start_text: text whose mean token embedding fresh glimpse tokens start as; default: random.
             A trained glimpse goes on from where it is.
         questions_per_image: questions about one image that may share a batch, and its encoding;
@@ -146,6 +154,7 @@ class Stage1Recipe(TrainingRecipe):
 
     validation_data: str | None = None
     glimpse: dict = field(default_factory=dict)
+    late_glimpse: str | None = None
     start_text: str | None = None
     questions_per_image: int = 1
     training: dict = field(default_factory=dict)
@@ -156,6 +165,8 @@ class Stage1Recipe(TrainingRecipe):
         Raises:
             ValueError: for a field that does not exist or cannot be.
         """
+        if self.training.get("late_weight") and not self.late_glimpse:
+            raise ValueError("late_weight needs late_glimpse: the repository to learn from")
         known = {each.name for each in fields(Stage1Config) if each.init}
         check_known("training", self.training, known - {"output_dir"})
         settings = {"output_dir": str(self.checkpoint_folder), **self.training}

@@ -20,7 +20,7 @@ def dice_loss(
 
     Args:
         importance: `(N,)` logits of the batch's visual tokens.
-        evidence: `(N,)` bool.
+        evidence: `(N,)` bool, or probabilities to learn from.
         rows: `(N,)` row of each token.
         num_rows: rows in the batch.
 

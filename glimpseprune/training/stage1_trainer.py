@@ -55,14 +55,35 @@ class Stage1Trainer(Trainer):
     Args:
         model: a GlimpsePrune model; its glimpse weights count as trained from now on.
         args: settings.
+        late: a backbone over the same base whose glimpse is the teacher, or None.
         kwargs: as `Trainer` takes them. The data collator must be a `VisualCoTCollator`.
+
+    Raises:
+        ValueError: when the answer shall see a glimpse token that is not in the sequence.
     """
 
     args: Stage1Config
 
-    def __init__(self, model: PreTrainedModel, args: Stage1Config, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Stage1Config,
+        late: PreTrainedModel | None = None,
+        **kwargs,
+    ):
+        config = model.config
+        early = config.prune_layer not in (None, config.glimpse_layer)
+        self.runs_beside = early or config.glimpse_lora_rank > 0
+        if self.runs_beside and "answer_loss" in args.loss_weights():
+            raise ValueError(
+                "answer_weight must be 0 where prune_layer is below glimpse_layer or "
+                "glimpse_lora_rank above 0: the glimpse token is not in the sequence then, so no "
+                "answer can see it"
+            )
+        self.late = late
         model.requires_grad_(False)
         model.model.glimpse.requires_grad_(True)
+        freeze_unread_additions(model)
         model.model.glimpse.trained.fill_(True)
         super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the questions of a batch
@@ -107,6 +128,8 @@ class Stage1Trainer(Trainer):
         if answers_in_place:
             answer = answer_loss(outputs.logits[:, :-1], labels)
             parts["answer_loss"] = answer.expand(len(labels))
+        if "late_loss" in wanted:
+            parts["late_loss"] = self._late_loss(inputs, record, len(labels))
         if "distillation_loss" in wanted:
             parts |= self._distil(model.training, inputs, labels, record)
         return {name: parts[name] for name in wanted}, record, outputs
@@ -121,13 +144,21 @@ class Stage1Trainer(Trainer):
         completion = inputs["input_ids"].shape[1] - prompt_length
         outputs = model(
             **inputs,
-            in_place=True,
+            in_place=not self.runs_beside,
             only_glimpse=not with_answers,
             **given_cache(cache),
             use_cache=True,
             logits_to_keep=completion + 1,
         )
         return cache.glimpse, outputs
+
+    def _late_loss(self, inputs: dict, record: GlimpseRecord, num_rows: int) -> torch.Tensor:
+        """Dice and binary cross-entropy against the late glimpse's probabilities, `(rows,)`."""
+        cache, text = DynamicCache(), _text_before(inputs, inputs["prompt_length"])
+        with torch.no_grad(), self.accelerator.autocast():
+            self.late(**(inputs | text), only_glimpse=True, use_cache=True, **given_cache(cache))
+        located = (record.importance, cache.glimpse.importance.sigmoid(), record.rows, num_rows)
+        return dice_loss(*located) + bce_loss(*located)
 
     def _distil(
         self, training: bool, inputs: dict, labels: torch.Tensor, record: GlimpseRecord
@@ -290,6 +321,26 @@ def with_completions(
         completion = torch.where(chosen[:, None], own, given)
         filled[name] = torch.cat([inputs[name][:, :start], completion], dim=1)
     return filled
+
+
+def freeze_unread_additions(model: PreTrainedModel) -> None:
+    """Leave low-rank additions alone that no look of this model reads: they stay at zero.
+
+    Of layer K the glimpse's query is read, its key where scores are a softmax over all keys, and
+    the keys of stale states; stale states begin above layer P.
+    """
+    config, glimpse = model.config, model.model.glimpse
+    last = config.glimpse_layer
+    prune_layer = last if config.prune_layer is None else config.prune_layer
+    query_maps = {"q_proj", "k_proj"} if glimpse.log_probabilities else {"q_proj"}
+    for additions, first, of_last in (
+        (glimpse.token_additions, 0, query_maps),
+        (glimpse.stale_additions, prune_layer + 1, {"k_proj"}),
+    ):
+        for index, maps in (additions or {}).items():
+            for name, addition in maps.items():
+                unread = int(index) < first or (int(index) == last and name not in of_last)
+                addition.requires_grad_(not unread)
 
 
 def _figures_of(

@@ -70,7 +70,7 @@ class DecoderRun:
         """
         layer, outputs = self.layers[index], self.outputs
         if outputs.wants_hidden_states:
-            outputs.add_states(index, block.as_seen(block.hidden_states))
+            outputs.add_states(index, block.shown())
         if not outputs.wants_attentions:
             block.hidden_states = run(layer, block.hidden_states, mask, rotary, self.cache)
             return

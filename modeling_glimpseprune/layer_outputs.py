@@ -2,6 +2,8 @@
 
 import torch
 
+from .stock import select_hidden_states
+
 
 class LayerOutputs:
     """Collects what layers return while blocks of tokens run through them, one block after another.
@@ -33,11 +35,18 @@ class LayerOutputs:
         """Take a block's weights `(batch, heads, tokens, logical length)`, or None."""
         self._attentions[layer].append(weights)
 
-    def hidden_states(self, last_hidden_state: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """`(batch, length, hidden)` of the input of each layer and of the final norm."""
+    def hidden_states(
+        self, last_hidden_state: torch.Tensor, asked: bool | int | list[int] = True
+    ) -> tuple[torch.Tensor | None, ...] | None:
+        """`(batch, length, hidden)` of the input of each layer and of the final norm.
+
+        Args:
+            asked: which of them, as callers ask stock models.
+        """
         if self._states is None:
             return None
-        return (*(torch.cat(rows, dim=1) for rows in self._states), last_hidden_state)
+        inputs = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1) for rows in self._states)
+        return select_hidden_states((*inputs, last_hidden_state), asked)
 
     def attentions(self) -> tuple[torch.Tensor | None, ...] | None:
         """`(batch, heads, length, past and length)` of each layer; None where it keeps none."""

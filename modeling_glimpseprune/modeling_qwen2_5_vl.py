@@ -35,9 +35,10 @@ from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
 from .pruning_generation import PruningGenerationMixin
+from .row_boundaries import IGNORED_LABEL  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
-from .stock import cache_of, in_stock_form, token_types
+from .stock import cache_of, token_types
 from .token_block import TokenBlock  # noqa: F401
 from .visual_features import VisualFeatures, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401
@@ -101,7 +102,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         """As `get_image_features`, for videos."""
         inputs = {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
-        return in_stock_form(self.encode_visual("video", **inputs, **kwargs))
+        return self.stock_features("video", inputs | kwargs)
 
     def visual_sizes(self, kind: str, **inputs) -> list[int]:
         merged = self.visual.spatial_merge_size**2

@@ -24,7 +24,8 @@ class PruneRequest:
         visual_keep_mask: `(N,)` bool given by the caller; no glimpse is taken then.
         visual_log_keep: `(N,)` a soft mask given by the caller; no glimpse is taken, and every
             token stays.
-        prompt_length: tokens before the completion, or None when all are prompt.
+        prompt_length: tokens before the completion, `(batch,)` where rows differ, or None when all
+            are prompt.
         in_place: keep every token and leave the glimpse token in the sequence, where the
             completion sees it: the forward of stage 1.
         only_glimpse: stop after the choice.
@@ -42,7 +43,7 @@ class PruneRequest:
     prune_layer: int
     visual_keep_mask: torch.Tensor | None = None
     visual_log_keep: torch.Tensor | None = None
-    prompt_length: int | None = None
+    prompt_length: int | torch.Tensor | None = None
     in_place: bool = False
     only_glimpse: bool = False
     compact_output: bool = False

@@ -6,7 +6,7 @@ the glimpse token to the prompt, runs the prompt as `Prefill` says, and what sta
 block over the pruned cache. Callers keep seeing the prompt's full length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
@@ -18,8 +18,10 @@ from .layer_outputs import LayerOutputs, spread
 from .prefill import Prefill
 from .prune_request import PruneRequest
 from .pruned_cache import PrunedLayer, adopt_layers, pruned_layer, slot_columns, slot_mask
+from .row_boundaries import AlignedRows
 from .stock import given_cache, outputs_with_cache, refuse_unknown_tensors, take_cache
 from .token_block import TokenBlock
+from .visual_tokens import VisualTokens
 
 SOFT_ATTENTIONS = ("eager", "sdpa")
 
@@ -104,24 +106,28 @@ class PrunedForwardMixin:
         """
         cache = take_cache(kwargs, cache)
         if prune_request is not None:
-            self._check_prunable(attention_mask, prune_request)
+            past = 0 if cache is None else cache.get_seq_length()
+            self._check_prunable(attention_mask, position_ids, past, prune_request)
             refuse_unknown_tensors(kwargs)
+            asked = self._asked("output_hidden_states", kwargs)
             outputs = LayerOutputs(
                 len(self.layers),
-                self._wants("output_hidden_states", kwargs),
-                self._wants("output_attentions", kwargs),
+                asked is not False,
+                self._asked("output_attentions", kwargs) is not False,
             )
             cache = DynamicCache() if cache is None else cache
             adopt_layers(cache, len(self.layers))
             run = DecoderRun(self, cache, outputs)
             call = self._call(inputs_embeds, attention_mask, position_ids, cache, prune_request)
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            if isinstance(prune_request.prompt_length, torch.Tensor):
+                return self._run_aligned(run, call, prune_request, asked)
             last_hidden_state = self._run_pruned(run, call, prune_request)
             finished = not prune_request.only_glimpse
-            use_cache = self.config.use_cache if use_cache is None else use_cache
             return outputs_with_cache(
                 last_hidden_state,
                 cache if use_cache and prune_request.visual_log_keep is None else None,
-                hidden_states=outputs.hidden_states(last_hidden_state) if finished else None,
+                hidden_states=outputs.hidden_states(last_hidden_state, asked) if finished else None,
                 attentions=outputs.attentions() if finished else None,
             )
         layer = pruned_layer(cache)
@@ -153,15 +159,29 @@ class PrunedForwardMixin:
         positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
         return positions.expand(batch, -1)
 
-    def _wants(self, output: str, kwargs: dict) -> bool:
+    def _asked(self, output: str, kwargs: dict) -> bool | int | list[int]:
+        """Which outputs of layers the caller wants: all, none, or those of some indices."""
         asked = kwargs.get(output)
-        return bool(getattr(self.config, output) if asked is None else asked)
+        asked = getattr(self.config, output) if asked is None else asked
+        return False if asked is None else asked
 
-    def _check_prunable(self, attention_mask: torch.Tensor | None, request: PruneRequest) -> None:
+    def _check_prunable(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past: int,
+        request: PruneRequest,
+    ) -> None:
         if not (attention_mask is None or _is_2d(attention_mask)):
             raise ValueError(
                 "pruning takes a 2-D attention mask (batch, length) and a DynamicCache; static "
                 "caches come with a mask of their own: use the default cache, or prune=False"
+            )
+        if attention_mask is None and not past and _is_packed(position_ids):
+            raise ValueError(
+                "position_ids start again within a row: sequences packed into one row cannot be "
+                "pruned, as each would need a glimpse of its own; give one sequence a row, or use "
+                "prune=False"
             )
         if "sliding_attention" in (getattr(self.config, "layer_types", None) or []):
             raise ValueError("sliding-window layers cannot be pruned; use prune=False")
@@ -183,14 +203,41 @@ class PrunedForwardMixin:
         positions = self.rotary_position_ids(position_ids, inputs_embeds, cache.get_seq_length())
         length = inputs_embeds.shape[1]
         prompt_length = length if request.prompt_length is None else request.prompt_length
+        if isinstance(prompt_length, torch.Tensor):
+            return _Call(inputs_embeds, attention_mask, positions, length)
         if not 0 < prompt_length <= length:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
-        if prompt_length < length and request.tokens.columns.max() >= prompt_length:
-            raise ValueError(
-                f"a visual token stands behind the prompt's {prompt_length} tokens: pad prompts on "
-                "the left and completions on the right, so that one boundary serves the batch"
-            )
+        _check_visuals_in_prompt(request.tokens, prompt_length, length)
         return _Call(inputs_embeds, attention_mask, positions, prompt_length)
+
+    def _run_aligned(
+        self, run: DecoderRun, call: _Call, request: PruneRequest, asked: bool | int | list[int]
+    ) -> BaseModelOutputWithPast:
+        """Run rows whose prompts end at different columns, each cut at its own boundary.
+
+        No cache is returned: it would hold the rows as they were moved.
+        """
+        if run.cache.get_seq_length() or run.outputs.wants_attentions:
+            raise ValueError(
+                "prompts that end at different columns cannot be combined with a cache that holds "
+                "tokens, nor with output_attentions: pad prompts on the left and completions on "
+                "the right"
+            )
+        rows = AlignedRows(request.prompt_length, call.length, call.attention_mask)
+        moved = _Call(
+            rows.move(call.inputs_embeds),
+            rows.attention_mask,
+            rows.move_positions(call.position_ids),
+            rows.prompt_length,
+        )
+        tokens = request.tokens.moved_by(rows.shift)
+        request = replace(request, tokens=tokens, prompt_length=rows.prompt_length)
+        _check_visuals_in_prompt(tokens, rows.prompt_length, moved.length)
+        last_hidden_state = self._run_pruned(run, moved, replace(request, compact_output=False))
+        states = run.outputs.hidden_states(last_hidden_state, asked)
+        if states is not None:
+            states = tuple(each if each is None else rows.move_back(each) for each in states)
+        return outputs_with_cache(rows.move_back(last_hidden_state), None, hidden_states=states)
 
     def _run_pruned(self, run: DecoderRun, call: _Call, request: PruneRequest) -> torch.Tensor:
         """Hidden states `(batch, length, hidden)` after the final norm, as the caller sees them."""
@@ -238,6 +285,22 @@ class PrunedForwardMixin:
         stop = request.prune_layer + 1 if request.only_glimpse else len(self.layers)
         run.whole_layers(block, 0, stop)
         return self.norm(block.hidden_states)
+
+
+def _check_visuals_in_prompt(tokens: VisualTokens, prompt_length: int, length: int) -> None:
+    if prompt_length < length and tokens.columns.max() >= prompt_length:
+        raise ValueError(
+            f"a visual token stands behind the prompt's {prompt_length} tokens: the completion "
+            "begins behind the last image or video of its row"
+        )
+
+
+def _is_packed(position_ids: torch.Tensor | None) -> bool:
+    """Whether text positions, `(batch, length)` or the first of four rows, start again in a row."""
+    if position_ids is None or position_ids.ndim == 3 and len(position_ids) != 4:
+        return False
+    text = position_ids[0] if position_ids.ndim == 3 else position_ids
+    return bool((text.diff(dim=-1) < 0).any())
 
 
 def _is_2d(attention_mask: object) -> bool:

@@ -30,8 +30,8 @@ class PruningArguments:
         prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
             one block over the pruned cache, as when decoding. Default of the whole model: where
             `labels` begin; else, with `logits_to_keep=n`, all but the last n - 1 tokens are prompt,
-            as in assisted decoding and in trl; else everything is. Prompts are left-padded and
-            completions right-padded.
+            as in assisted decoding and in trl; else everything is. Where rows differ it is a tensor
+            `(batch,)`, padding counted, and no cache is returned.
         in_place: score only: keep every token and let the completion see the glimpse token.
         only_glimpse: for backbones: stop after layer K; the record is on the returned cache.
         compact_output: for backbones: return kept tokens only, packed to the right, instead of the
@@ -45,7 +45,7 @@ class PruningArguments:
     prune_layer: int | None = None
     visual_keep_mask: torch.Tensor | None = None
     visual_log_keep: torch.Tensor | None = None
-    prompt_length: int | None = None
+    prompt_length: int | torch.Tensor | None = None
     in_place: bool = False
     only_glimpse: bool = False
     compact_output: bool = False

@@ -1,5 +1,6 @@
 """The backbone: encodes images and videos, and turns a call into a `PruneRequest`."""
 
+from dataclasses import replace
 from itertools import compress
 
 import torch
@@ -17,7 +18,15 @@ from .pruning_arguments import (
     validate_keep_mask,
     validate_log_keep,
 )
-from .stock import embeddings_of, given_cache, in_stock_form, take_cache
+from .stock import (
+    AS_OUTPUT,
+    add_encoded,
+    embeddings_of,
+    encoder_fields,
+    given_cache,
+    in_stock_form,
+    take_cache,
+)
 from .visual_features import VisualFeatures, tap_outputs
 from .visual_tokens import collect_visual_tokens
 
@@ -86,14 +95,21 @@ class PruningModelMixin(GlimpseWeightsMixin):
         self.check_config()
         encode = getattr(super(), f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
-            outputs = encode(**inputs)
+            outputs = encode(**inputs, **AS_OUTPUT)
         pixels, *others = self.visual_inputs[kind]
         others = {name: inputs[name] for name in others if inputs.get(name) is not None}
-        return self.describe_visuals(embeddings_of(outputs), taps, **others)
+        features = self.describe_visuals(embeddings_of(outputs), taps, **others)
+        return replace(features, **encoder_fields(outputs))
 
     def get_image_features(self, **inputs):
         """The stock features; on transformers 5 with what the predictor needs beside them."""
-        return in_stock_form(self.encode_visual("image", **inputs))
+        return self.stock_features("image", inputs)
+
+    def stock_features(self, kind: str, inputs: dict):
+        """What the stock method `get_{kind}_features` returns, in the form the caller wants."""
+        return_dict = inputs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return in_stock_form(self.encode_visual(kind, **inputs), return_dict)
 
     def forward(
         self,
@@ -113,6 +129,8 @@ class PruningModelMixin(GlimpseWeightsMixin):
         """
         cache = take_cache(kwargs, cache)
         arguments = PruningArguments.take_from(kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        self._check_exactly_one(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         encoded = self._encode(mm_encoder_outputs, kwargs)
@@ -120,6 +138,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
         inputs_embeds = self._merge(inputs_embeds, encoded, masks)
         request = None
         if encoded and arguments.prune is not False:
+            self._check_boundary(arguments)
             request = self._prune_request(encoded, masks, arguments)
         has_visuals = bool(encoded)
         if has_visuals and past_length(cache):
@@ -130,18 +149,39 @@ class PruningModelMixin(GlimpseWeightsMixin):
             position_ids = later_positions(pruned, inputs_embeds, kwargs.get("attention_mask"))
         elif request is not None and position_ids is None and not self.positions_from_ids:
             position_ids = prompt_positions(kwargs.get("attention_mask"))
-        del encoded, masks  # a long prefill can use the memory
+        del masks
         outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             prune_request=request,
+            return_dict=True,
             **given_cache(cache),
             **kwargs,
         )
         if has_visuals and request is None:
             self.note_positions(outputs)
-        return outputs
+        add_encoded(outputs, encoded)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _check_exactly_one(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> None:
+        """Refuse no tokens at all; and both forms of them, where ids say nothing more."""
+        both = input_ids is not None and inputs_embeds is not None
+        if (input_ids is None and inputs_embeds is None) or (both and not self.positions_from_ids):
+            raise ValueError("You must give exactly one of input_ids or inputs_embeds")
+
+    def _check_boundary(self, arguments: PruningArguments) -> None:
+        """Refuse to train on answers that would take part in choosing the visual tokens."""
+        trains = self.training and torch.is_grad_enabled()
+        if trains and arguments.prompt_length is None and not arguments.only_glimpse:
+            raise ValueError(
+                "in training a model must be told where the answer begins, as visual tokens are "
+                "chosen by the prompt alone: give prompt_length (a number, or one a row), or "
+                "labels to the whole model; or train with prune=False"
+            )
 
     def note_positions(self, outputs) -> None:
         """Put on the cache of visuals that were not pruned what later turns need to count on."""

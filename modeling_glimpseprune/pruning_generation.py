@@ -15,6 +15,7 @@ from .later_turns import past_length
 from .prefill import UNTRAINED
 from .pruned_cache import pruned_layer
 from .pruning_arguments import validate_keep_mask
+from .row_boundaries import first_labelled
 from .stock import CACHE_NAME, cache_of, counts_positions, given_cache, take_cache
 from .visual_features import VisualFeatures
 
@@ -50,7 +51,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        prompt_length: int | None = None,
+        prompt_length: int | torch.Tensor | None = None,
         **kwargs,
     ):
         """The stock forward with the arguments of `PruningArguments`.
@@ -59,7 +60,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         tokens; with `logits_to_keep=1`, as in `generate`, nothing is laid out again.
         """
         cache = take_cache(kwargs, cache)
-        if prompt_length is None:
+        if prompt_length is None and kwargs.get("prune") is not False:
             prompt_length = completion_start(labels, logits_to_keep, input_ids)
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         return super().forward(
@@ -256,20 +257,19 @@ def completion_start(
     labels: torch.Tensor | None,
     logits_to_keep: int | torch.Tensor,
     input_ids: torch.LongTensor | None,
-) -> int | None:
+) -> int | torch.Tensor | None:
     """Where the completion begins, if the caller's other arguments tell.
 
     Args:
-        labels: `(batch, length)`; the first column where any row has a label (not -100).
+        labels: `(batch, length)`, see `first_labelled`.
         logits_to_keep: n > 1 asks for the last prompt token's logits and n - 1 tokens after it.
         input_ids: `(batch, length)`.
 
     Returns:
-        Number of prompt tokens, or None when all are prompt.
+        Number of prompt tokens, `(batch,)` where rows differ, or None when all are prompt.
     """
     if labels is not None:
-        labelled = (labels != -100).any(dim=0).nonzero()
-        return int(labelled[0]) if len(labelled) else None
+        return first_labelled(labels)
     if isinstance(logits_to_keep, int) and logits_to_keep > 1 and input_ids is not None:
         return input_ids.shape[1] - logits_to_keep + 1
     return None

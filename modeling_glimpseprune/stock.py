@@ -13,6 +13,8 @@ holds each assumption against the installed release, so that the next change fai
 
 import inspect
 import os
+from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 import transformers
@@ -22,6 +24,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file, logging
+
+try:
+    from transformers.utils.output_capturing import selected_hidden_states
+except ImportError:  # releases that return all hidden states or none
+    selected_hidden_states = None
 
 logger = logging.get_logger(__name__)
 
@@ -185,14 +192,58 @@ def number_of_tokens(query: int | torch.Tensor) -> int:
     return query if isinstance(query, int) else query.shape[0]
 
 
-def embeddings_of(features) -> list[torch.Tensor]:
+# Encoders of transformers 5 return tuples where a configuration says so, unless told not to.
+AS_OUTPUT = {"return_dict": True} if TRANSFORMERS_5 else {}
+
+
+def embeddings_of(features) -> Sequence[torch.Tensor]:
     """One `(placeholders, hidden)` tensor an image, of what the stock encoder returns."""
-    return list(features.pooler_output if TRANSFORMERS_5 else features)
+    return features.pooler_output if TRANSFORMERS_5 else features
 
 
-def in_stock_form(features):
+def encoder_fields(features) -> dict:
+    """What else the stock encoder returns."""
+    names = ("last_hidden_state", "hidden_states", "attentions") if TRANSFORMERS_5 else ()
+    return {name: getattr(features, name) for name in names}
+
+
+def in_stock_form(features, return_dict: bool):
     """Encoded visuals in the form in which the stock methods return them."""
-    return features if TRANSFORMERS_5 else features.pooler_output
+    if not TRANSFORMERS_5:
+        return features.pooler_output
+    if return_dict:
+        return features
+    return features.to_tuple()
+
+
+def add_encoded(outputs, encoded: dict) -> None:
+    """Put encoded visuals where the stock backbone returns them.
+
+    Args:
+        outputs: of a backbone that was given embeddings.
+        encoded: encoder outputs by kind.
+    """
+    names = {field.name for field in fields(outputs)}
+    for kind, features in encoded.items():
+        if f"{kind}_outputs" in names:
+            setattr(outputs, f"{kind}_outputs", features)
+        elif f"{kind}_hidden_states" in names:
+            hidden = outputs.last_hidden_state
+            embeddings = torch.cat(list(features.pooler_output))
+            setattr(outputs, f"{kind}_hidden_states", embeddings.to(hidden))
+
+
+def select_hidden_states(hidden_states: tuple, asked: bool | int | Sequence[int]) -> tuple:
+    """The hidden states that a caller asked for by index, None for the others.
+
+    Releases that know no indices return all.
+    """
+    indices = selected_hidden_states and selected_hidden_states(asked)
+    if indices is None:
+        return hidden_states
+    places = range(len(hidden_states))
+    wanted = {index % len(places) for index in indices if -len(places) <= index < len(places)}
+    return tuple(each if i in wanted else None for i, each in enumerate(hidden_states))
 
 
 def clip_transformer(tower: nn.Module) -> nn.Module:

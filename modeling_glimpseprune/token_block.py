@@ -104,11 +104,30 @@ class TokenBlock:
             past_mask = self.mask[:, : self.past_slots]
         self.mask = torch.cat([past_mask, real], dim=1)
 
+    def shown(self) -> torch.Tensor:
+        """The hidden states as the caller sees them, from which the next layer goes on.
+
+        So gradients reach what the caller was given.
+        """
+        seen = self.as_seen(self.hidden_states)
+        if seen is self.hidden_states:
+            return seen
+        if self.order is not None:
+            index = self.order.to(seen.device)[..., None]
+            self.hidden_states = seen.take_along_dim(index, dim=1)
+        else:
+            place = self.glimpse_slice.start
+            rows = self.hidden_states[:, self.glimpse_slice]
+            self.hidden_states = _insert(seen, rows, place, dim=1)
+        return seen
+
     def as_seen(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Lay tensors of the block's tokens, `(batch, ...)`, out as the caller sees the tokens.
 
         Glimpse tokens go, and dropped tokens are zeros.
         """
+        if self.order is None and not self.has_glimpse:
+            return states
         if self.order is None:
             bounds = [self.glimpse_slice.start, self.glimpse_slice.stop]
             before, _, after = states.tensor_split(bounds, dim=dim)

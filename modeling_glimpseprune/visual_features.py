@@ -41,6 +41,10 @@ class VisualFeatures(BaseModelOutputWithPooling):
 
     glimpse_views: list[list[ImageView]] | None = None
 
+    def to_tuple(self) -> tuple:
+        """The stock fields that hold something."""
+        return tuple(value for name, value in self.items() if name != "glimpse_views")
+
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """`(placeholders, visual tokens)` of each image."""
@@ -73,7 +77,7 @@ class VisualFeatures(BaseModelOutputWithPooling):
 
 
 def whole_images(
-    embeddings: list[torch.Tensor],
+    embeddings: Sequence[torch.Tensor],
     layers: list[torch.Tensor],
     geometry: torch.Tensor,
     grids: torch.Tensor,
@@ -93,7 +97,7 @@ def whole_images(
     places = [torch.arange(size, device=geometry.device) + skipped for size in sizes]
     parts = zip(taps, geometry.split(sizes), grids, places, strict=True)
     views = [[ImageView(list(layers), *where)] for layers, *where in parts]
-    return VisualFeatures(pooler_output=list(embeddings), glimpse_views=views)
+    return VisualFeatures(pooler_output=embeddings, glimpse_views=views)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Where a prompt's visual tokens are, and what the vision encoder knows of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -35,6 +35,10 @@ class VisualTokens:
     @property
     def total(self) -> int:
         return len(self.rows)
+
+    def moved_by(self, shift: torch.Tensor) -> "VisualTokens":
+        """The same tokens in rows that were moved to the right, each by `(batch,)` columns."""
+        return replace(self, columns=self.columns + shift.to(self.columns.device)[self.rows])
 
     def groups(self, window: int | None) -> list[TokenGroup]:
         """Which tokens attend to one another in the predictor: each frame by itself.

@@ -164,7 +164,8 @@ def completion_logits(
     different = sorted(set(rows))
     index = torch.tensor([different.index(row) for row in rows], device=completion_ids.device)
     inputs, cache = prompts.model_inputs(different), DynamicCache()
-    prefill = model(**inputs, **given_cache(cache), use_cache=True, logits_to_keep=1)
+    whole = {"prompt_length": inputs["input_ids"].shape[1]}  # the completions follow below
+    prefill = model(**inputs, **whole, **given_cache(cache), use_cache=True, logits_to_keep=1)
     first = prefill.logits[:, -1:][index]
     if completion_ids.shape[1] == 1:
         return first

@@ -64,6 +64,48 @@ def later_positions(
     return layer.position_delta.to(device) + steps
 
 
+def note_turn(cache: Cache, positions: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Put on a cache how far positions are ahead of tokens behind a later turn with visuals.
+
+    The stock model keeps one such number on the module, that of the first visuals it met.
+
+    Args:
+        cache: that holds what came before the turn, nothing pruned.
+        positions: `(axes, batch, new tokens)` of the turn.
+        attention_mask: `(batch, past and new tokens)`, or None for all ones.
+    """
+    length = past_length(cache) + positions.shape[-1]
+    tokens = length if attention_mask is None else attention_mask[:, :length].sum(1, keepdim=True)
+    cache.rope_deltas = positions.amax(dim=(0, 2))[:, None] + 1 - tokens_behind(length, tokens)
+    cache.follows_turn = True
+
+
+def follows_turn(cache: Cache | None) -> bool:
+    """Whether a cache holds a later turn with visuals that was noted."""
+    return getattr(cache, "follows_turn", False)
+
+
+def positions_after_turn(
+    cache: Cache, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Rotary positions `(batch, new tokens)` behind a turn that was noted; None for other caches.
+
+    Args:
+        inputs_embeds: `(batch, new tokens, hidden)`.
+        attention_mask: `(batch, past and new tokens)`, or None for all ones.
+    """
+    if not follows_turn(cache):
+        return None
+    batch, new = inputs_embeds.shape[:2]
+    past = past_length(cache)
+    places = torch.arange(past, past + new, device=inputs_embeds.device).expand(batch, -1)
+    real = places
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask.long().cumsum(1)[:, past : past + new] - 1
+    deltas = cache.rope_deltas.to(inputs_embeds.device)
+    return tokens_behind(places, real) + deltas.repeat_interleave(batch // len(deltas), dim=0)
+
+
 def first_positions(cache: Cache, attention_mask: torch.Tensor | None) -> torch.Tensor | int:
     """Rotary position of the first token behind a cache, `(batch, 1)` or one for all rows.
 

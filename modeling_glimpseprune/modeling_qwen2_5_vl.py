@@ -24,13 +24,13 @@ from .glimpse_fields import FIELDS  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
-from .later_turns import first_positions, past_length
+from .later_turns import first_positions, follows_turn, note_turn, past_length
 from .layer_outputs import spread  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .low_rank import low_rank_additions  # noqa: F401
 from .prefill import UNTRAINED  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
-from .pruned_cache import PrunedLayer  # noqa: F401
+from .pruned_cache import pruned_layer
 from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
@@ -131,10 +131,14 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         arguments |= token_types(*(input_ids == token for token in self.visual_token_ids.tolist()))
         arguments["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
         positions, _ = self.get_rope_index(input_ids, **arguments)
-        return positions + first_positions(cache, attention_mask)
+        positions = positions + first_positions(cache, attention_mask)
+        if pruned_layer(cache) is None:
+            note_turn(cache, positions, attention_mask)
+        return positions
 
     def note_positions(self, outputs) -> None:
-        if (cache := cache_of(outputs)) is not None:
+        cache = cache_of(outputs)
+        if cache is not None and not follows_turn(cache):
             cache.rope_deltas = self.rope_deltas
 
     def describe_visuals(

@@ -53,8 +53,11 @@ class PruningArguments:
     @classmethod
     def take_from(cls, arguments: dict) -> "PruningArguments":
         """Remove what belongs here from keyword arguments."""
-        names = [field.name for field in fields(cls) if field.name in arguments]
+        names = [name for name in ARGUMENTS if name in arguments]
         return cls(**{name: arguments.pop(name) for name in names})
+
+
+ARGUMENTS = tuple(field.name for field in fields(PruningArguments))
 
 
 def show_pruning_arguments(stock: Callable) -> Callable:

@@ -9,7 +9,13 @@ from transformers.cache_utils import Cache
 
 from .glimpse import Glimpse
 from .glimpse_weights import GlimpseWeightsMixin
-from .later_turns import later_positions, new_visuals, past_length, prompt_positions
+from .later_turns import (
+    later_positions,
+    new_visuals,
+    past_length,
+    positions_after_turn,
+    prompt_positions,
+)
 from .prune_request import PruneRequest
 from .pruned_cache import pruned_layer
 from .pruning_arguments import (
@@ -101,6 +107,11 @@ class PruningModelMixin(GlimpseWeightsMixin):
         features = self.describe_visuals(embeddings_of(outputs), taps, **others)
         return replace(features, **encoder_fields(outputs))
 
+    def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
+        """Encode by the stock method alone; arguments as for `encode_visual`."""
+        outputs = getattr(super(), f"get_{kind}_features")(**inputs, **AS_OUTPUT)
+        return VisualFeatures(pooler_output=embeddings_of(outputs), **encoder_fields(outputs))
+
     def get_image_features(self, **inputs):
         """The stock features; on transformers 5 with what the predictor needs beside them."""
         return self.stock_features("image", inputs)
@@ -133,7 +144,8 @@ class PruningModelMixin(GlimpseWeightsMixin):
         self._check_exactly_one(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        encoded = self._encode(mm_encoder_outputs, kwargs)
+        describes = arguments.prune is not False or past_length(cache) > 0
+        encoded = self._encode(mm_encoder_outputs, kwargs, describes)
         masks = self._placeholder_masks(input_ids, inputs_embeds, encoded)
         inputs_embeds = self._merge(inputs_embeds, encoded, masks)
         request = None
@@ -147,6 +159,10 @@ class PruningModelMixin(GlimpseWeightsMixin):
             )
         elif (pruned := pruned_layer(cache)) is not None:
             position_ids = later_positions(pruned, inputs_embeds, kwargs.get("attention_mask"))
+        elif (
+            after := positions_after_turn(cache, inputs_embeds, kwargs.get("attention_mask"))
+        ) is not None:
+            position_ids = after
         elif request is not None and position_ids is None and not self.positions_from_ids:
             position_ids = prompt_positions(kwargs.get("attention_mask"))
         del masks
@@ -262,14 +278,19 @@ class PruningModelMixin(GlimpseWeightsMixin):
         )
 
     def _encode(
-        self, encoded: dict[str, VisualFeatures] | None, kwargs: dict
+        self, encoded: dict[str, VisualFeatures] | None, kwargs: dict, describes: bool
     ) -> dict[str, VisualFeatures]:
-        """Encode what comes as pixels, which leave `kwargs`."""
+        """Encode what comes as pixels, which leave `kwargs`.
+
+        Args:
+            describes: whether anybody asks where visual tokens are; else the stock encoder runs.
+        """
         encoded = dict(encoded or {})
         for kind, names in self.visual_inputs.items():
             inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             if kwargs.pop(names[0], None) is not None:
-                encoded[kind] = self.encode_visual(kind, **inputs)
+                encode = self.encode_visual if describes else self.encode_plainly
+                encoded[kind] = encode(kind, **inputs)
         return encoded
 
     def _placeholder_masks(

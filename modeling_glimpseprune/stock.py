@@ -14,7 +14,6 @@ holds each assumption against the installed release, so that the next change fai
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 import transformers
@@ -223,7 +222,7 @@ def add_encoded(outputs, encoded: dict) -> None:
         outputs: of a backbone that was given embeddings.
         encoded: encoder outputs by kind.
     """
-    names = {field.name for field in fields(outputs)}
+    names = type(outputs).__dataclass_fields__
     for kind, features in encoded.items():
         if f"{kind}_outputs" in names:
             setattr(outputs, f"{kind}_outputs", features)

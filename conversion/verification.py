@@ -28,8 +28,6 @@ from transformers import (
     ProcessorMixin,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError, read_json
 from modeling_glimpseprune.stock import TRANSFORMERS_5
@@ -96,12 +94,13 @@ def verify(folder: Path, source: Source, base: Path) -> None:
 
 
 def _scores(task: dict, scratch: Path) -> dict[str, torch.Tensor]:
-    """Run this file on a task in a fresh process that sees no other code of ours."""
+    """Run this file on a task in a fresh process, which looks for packages where this one does."""
     result = scratch / f"{task['role']}.safetensors"
     (scratch / "task.json").write_text(json.dumps(task | {"result": str(result)}))
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     completed = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), str(scratch / "task.json")],
-        env=os.environ | {"HF_MODULES_CACHE": str(scratch / "modules")},
+        [sys.executable, "-m", "conversion.verification", str(scratch / "task.json")],
+        env=os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "PYTHONPATH": paths},
         cwd=scratch,
         capture_output=True,
         text=True,

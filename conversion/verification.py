@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,9 +30,7 @@ from transformers import (
 
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError, read_json
-from modeling_glimpseprune.stock import TRANSFORMERS_5
 
-AUTO_MODEL = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
 QUESTION = "What is written here?"
 HEIGHT, WIDTH = 112, 168
 TEXT_LENGTH = 24
@@ -197,7 +195,7 @@ def _load_repository(task: Mapping[str, object]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(task["folder"], trust_remote_code=True)
     if not config.glimpse_base["included"]:
         config.glimpse_base |= {"repository": task["base"], "revision": None}
-    model, loading = getattr(transformers, AUTO_MODEL).from_pretrained(
+    model, loading = AutoModelForImageTextToText.from_pretrained(
         task["folder"],
         config=config,
         trust_remote_code=True,

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
-
-from modeling_glimpseprune.stock import TRANSFORMERS_5
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from .hub.remote_code import with_code
 from .package_files import TINY_MODEL
@@ -42,9 +44,9 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
-    name = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
-    model_class = getattr(transformers, name)
-    model = model_class.from_pretrained(str(path), trust_remote_code=True, dtype=dtype)
+    model = AutoModelForImageTextToText.from_pretrained(
+        str(path), trust_remote_code=True, dtype=dtype
+    )
     processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)
     processor.tokenizer.padding_side = "left"
     return model.to(device).eval(), processor

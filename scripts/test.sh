@@ -34,9 +34,9 @@ make_overlay() {
     packages="$(packages_of "$1")"
     if [ "$(cat "$overlay/packages.txt" 2>/dev/null)" = "$packages" ]; then return; fi
     rm -rf "$overlay" "$overlay.partial"
-    mapfile -t wanted <<<"$packages"
-    install --no-deps --target "$overlay.partial" "${wanted[@]}"
+    mkdir "$overlay.partial"
     echo "$packages" >"$overlay.partial/packages.txt"
+    install --no-deps --target "$overlay.partial" --requirement "$overlay.partial/packages.txt"
     mv "$overlay.partial" "$overlay"
 }
 

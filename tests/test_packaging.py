@@ -34,6 +34,8 @@ sys.exit(result)
 def run(command: list, folder: Path, place: Path) -> str:
     """What a command prints that finds our packages in `folder`, the others as this process does.
 
+    It warns of nothing that is deprecated.
+
     Args:
         command: arguments of python.
         folder: in front of the search path.
@@ -56,6 +58,8 @@ def run(command: list, folder: Path, place: Path) -> str:
         timeout=300,
     )
     assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert "FutureWarning" not in completed.stderr, completed.stderr
+    assert "DeprecationWarning" not in completed.stderr, completed.stderr
     return completed.stdout
 
 

@@ -1,1 +1,1 @@
-"""Scripts that turn official or trained weights into Hub repositories."""
+"""Commands that turn official or trained weights into Hub repositories."""

@@ -1,8 +1,8 @@
 """Turn a LLaVA-1.5 base as its authors publish it into the layout of the Hugging Face Hub.
 
-    python conversion/convert_llava_base.py --base BASE --vision-tower CLIP --output HUB_BASE
+    glimpseprune convert-llava-base --base BASE --vision-tower CLIP --output HUB_BASE
 
-BASE and CLIP are folders whose weights are safetensors; HUB_BASE is what `convert_official.py` and
+BASE and CLIP are folders whose weights are safetensors; HUB_BASE is what `convert-official` and
 stage 1 take as a base. Tensors are renamed by the key map of transformers' own conversion. It
 writes no tokenizer and no processor: take those of the corresponding Hub base.
 
@@ -11,7 +11,6 @@ multiple of 64. New rows are the mean of the old ones: no prompt reads them, no 
 """
 
 import argparse
-import logging
 import re
 import sys
 from pathlib import Path
@@ -19,8 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conversion.publishing import run_script
 from glimpseprune.hub.folders import check_vacant, vacant_sibling
 from glimpseprune.hub.shards import INDEX_FILE, ConversionError, find_shards, read_json
 from glimpseprune.portable import write_json
@@ -130,21 +131,23 @@ def with_new_words(rows: torch.Tensor, vocabulary: int) -> torch.Tensor:
     return torch.cat([rows, mean.expand(vocabulary - len(rows), -1)]).contiguous()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0, or 1 after saying what is wrong."""
-    parser = argparse.ArgumentParser(prog="convert_llava_base.py")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command line."""
     parser.add_argument("--base", required=True, type=Path, help="folder of the authors' base")
     parser.add_argument("--vision-tower", required=True, type=Path, help="folder of its CLIP")
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        convert_base(arguments.base, arguments.vision_tower, arguments.output)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert what the arguments name."""
+    convert_base(arguments.base, arguments.vision_tower, arguments.output)
     print(f"wrote {arguments.output}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, or 1 after saying what is wrong."""
+    return run_script(__doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

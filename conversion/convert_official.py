@@ -3,7 +3,7 @@
 An official checkpoint is a stock base beside a folder with a pickle of the added modules and their
 configuration:
 
-    python conversion/convert_official.py --base BASE --glimpse OFFICIAL --output REPOSITORY
+    glimpseprune convert-official --base BASE --glimpse OFFICIAL --output REPOSITORY
 
 BASE and OFFICIAL are local folders or Hub ids. The pickle is read as plain tensors: no code in it
 is run.
@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conversion.publishing import (
     add_publishing_arguments,
     publication_from,
     publish,
     resolve_base,
-    run_command,
+    run_script,
 )
 from conversion.repository import TRAINED_KEY, resolve_folder, write_repository
 from conversion.verification import Source
@@ -268,23 +269,19 @@ def convert_weights(
     return weights
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert_official.py",
-        description="Convert an official GlimpsePrune checkpoint into a Hub repository.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command line."""
     parser.add_argument("--base", required=True, help="stock base: a folder or a Hub id")
     parser.add_argument(
         "--glimpse", required=True, help=f"folder or Hub id with {WEIGHTS_FILE} and config.json"
     )
     parser.add_argument("--glimpse-revision", help="revision of the glimpse, likewise")
     add_publishing_arguments(parser)
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Convert, verify and upload what the arguments name."""
+    check_vacant(arguments.output)
     base = resolve_base(arguments.base, arguments.base_revision)
     glimpse = resolve_folder(
         arguments.glimpse, (WEIGHTS_FILE, "config.json"), arguments.glimpse_revision
@@ -293,11 +290,12 @@ def run(arguments: argparse.Namespace) -> None:
     training = f"The official glimpse weights `{arguments.glimpse}`, converted."
     publication = publication_from(arguments, base, arguments.base, training)
     publish(arguments, base, family, fields, weights, publication, Source(base, fields, weights))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 after saying what is wrong."""
-    return run_command(build_parser(), argv, run)
+    return run_script(__doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Publish what `glimpseprune train-stage1` wrote.
 
-    python conversion/convert_stage1.py --run runs/stage1 --base BASE --output REPOSITORY
+    glimpseprune convert-stage1 --run runs/stage1 --base BASE --output REPOSITORY
 
 With --base, the stock model that the run started from, its files are taken as they are. Without it,
 the base's weights are taken from the run, which holds a copy of them.
@@ -10,34 +10,33 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conversion.publishing import (
     add_publishing_arguments,
     publication_from,
     publish,
     resolve_base,
-    run_command,
+    run_script,
 )
 from conversion.trained_glimpse import read_trained_glimpse
 from conversion.verification import Source
+from glimpseprune.hub.folders import check_vacant
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="convert_stage1.py", description="Publish what `glimpseprune train-stage1` wrote."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command line."""
     parser.add_argument("--run", required=True, type=Path, help="output folder of the run")
     parser.add_argument(
         "--base", help="the model it started from: folder or Hub id (default: the run's own copy)"
     )
     add_publishing_arguments(parser)
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Publish what the arguments name."""
+    check_vacant(arguments.output)
     base = arguments.run
     if arguments.base:
         base = resolve_base(arguments.base, arguments.base_revision)
@@ -47,11 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     source = Source(arguments.run)
     publish(arguments, base, glimpse.family, glimpse.fields, glimpse.weights, publication, source)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 after saying what is wrong."""
-    return run_command(build_parser(), argv, run)
+    return run_script(__doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

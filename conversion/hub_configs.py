@@ -2,24 +2,25 @@
 
     python conversion/hub_configs.py
 
-writes the configuration, card and links to the code of every model in `PUBLISHED`, as publishing
-them would. `base_configs/` holds the stock configurations, written from what is publicly known of
-these bases: compare them with the base at hand before publishing. Tokenizer, processor files and
-generation configuration are the base's and come with it.
+writes the configuration and card of every model in `PUBLISHED`, as publishing them would. The code
+is the same for all and joins them when they are published. `base_configs/` holds the stock
+configurations, written from what is publicly known of these bases: compare them with the base at
+hand before publishing. Tokenizer, processor files and generation configuration are the base's and
+come with it.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conversion.convert_official import convert_config
 from conversion.model_card import ModelCard, render_card
-from conversion.repository import Publication, build_config, code_files
+from conversion.repository import Publication, build_config
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import read_json
 from glimpseprune.portable import write_json
@@ -143,13 +144,8 @@ def write_folder(name: str, model: PublishedModel, parent: Path = HUB_CONFIGS) -
     """Write one folder; what is in it already is replaced."""
     folder = parent / name
     folder.mkdir(parents=True, exist_ok=True)
-    config = published_config(model)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", published_config(model))
     (folder / "README.md").write_text(published_card(model), encoding="utf-8")
-    for link in folder.glob("*.py"):
-        link.unlink()
-    for file in code_files(family_of(config, name)):
-        (folder / file.name).symlink_to(os.path.relpath(file, folder))
 
 
 def main(argv: list[str] | None = None) -> int:

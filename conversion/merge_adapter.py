@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conversion.publishing import resolve_base, run_command
+from conversion.publishing import resolve_base, run_script
 from conversion.repository import (
     LICENCE_FILES,
     copy_processor_files,
@@ -34,7 +35,7 @@ from conversion.repository import (
     write_index,
 )
 from glimpseprune.families import Family, family_of
-from glimpseprune.hub.folders import place_file, vacant_sibling
+from glimpseprune.hub.folders import check_vacant, place_file, vacant_sibling
 from glimpseprune.hub.shards import (
     GLIMPSE_WEIGHTS,
     ConversionError,
@@ -230,31 +231,29 @@ def _nest(path: str, leaf: nn.Module) -> nn.Module:
     return leaf
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="merge_adapter.py", description="Merge a LoRA adapter into its base, shard by shard."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command line."""
     parser.add_argument(
         "--base", required=True, help="stock base or GlimpsePrune repository: a folder or a Hub id"
     )
     parser.add_argument("--base-revision", help="revision of the base, where it is a Hub id")
     parser.add_argument("--adapter", required=True, help="what peft saved: a folder or a Hub id")
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Merge what the arguments name."""
+    check_vacant(arguments.output)
     base = resolve_base(arguments.base, arguments.base_revision)
     adapter = resolve_folder(arguments.adapter, ADAPTER_FILES)
     merge(base, adapter, arguments.output)
     print(f"wrote {arguments.output}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 after saying what is wrong."""
-    return run_command(build_parser(), argv, run)
+    return run_script(__doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

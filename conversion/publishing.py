@@ -21,7 +21,6 @@ from conversion.repository import (
 from conversion.upload import push_folder
 from conversion.verification import Source, verifier
 from glimpseprune.families import Family
-from glimpseprune.hub.folders import check_vacant
 from glimpseprune.hub.redaction import quiet_logging, redact
 from glimpseprune.hub.shards import ConversionError
 
@@ -142,19 +141,32 @@ def resolve_base(source: str, revision: str | None) -> Path:
     return resolve_folder(source, (*BASE_FILES, *PROCESSOR_FILES), revision)
 
 
-def run_command(parser: argparse.ArgumentParser, argv: list[str] | None, run: Callable) -> int:
-    """Run a command; returns 0, or 1 after saying what is wrong."""
+def run_script(
+    documentation: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+) -> int:
+    """Run a file of this folder as a command of its own.
+
+    Args:
+        documentation: the file's; its first line is the summary.
+        add_arguments, run: as those of the modules in `glimpseprune/commands`.
+        argv: arguments; None for those of the process.
+
+    Returns:
+        0, or 1 after saying what is wrong.
+    """
+    parser = argparse.ArgumentParser(description=documentation.partition("\n")[0])
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     quiet_logging()
     try:
-        if "output" in arguments:
-            check_vacant(arguments.output)
-        run(arguments)
+        return run(arguments)
     except ValueError as error:  # ConversionErrors are
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _is_hub_id(name: str) -> bool:

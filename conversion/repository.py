@@ -7,7 +7,6 @@ they are.
 """
 
 import copy
-import inspect
 import logging
 import os
 import re
@@ -22,12 +21,12 @@ from huggingface_hub.utils import HFValidationError
 from safetensors.torch import save
 from tqdm import tqdm
 from transformers import PretrainedConfig
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from conversion.model_card import ModelCard, base_licence, render_card
 from glimpseprune.families import Family
 from glimpseprune.hub.folders import place_file, vacant_sibling
 from glimpseprune.hub.redaction import reasons
+from glimpseprune.hub.remote_code import copy_code
 from glimpseprune.hub.shards import (
     INDEX_FILE,
     ConversionError,
@@ -155,7 +154,7 @@ def write_repository(
         _write_weights(folder, shards, glimpse_weights, publication.glimpse_only)
         write_json(folder / "config.json", config)
         _write_generation_config(folder, base, model_config)
-        _copy_code(folder, family)
+        copy_code(folder)
         _copy_processor(folder, base, family)
         _copy_licence(folder, base)
         card = render_card(publication.card, config, base_licence(base / CARD_FILE))
@@ -383,19 +382,6 @@ def _write_generation_config(folder: Path, base: Path, config: PretrainedConfig)
     }
     known = {name: token for name, token in tokens.items() if token is not None}
     write_json(folder / source.name, known)
-
-
-def code_files(family: Family) -> list[Path]:
-    """The files of remote code that a family's repositories hold."""
-    entries = family.config_class, family.model_class, family.processor_class
-    entry_files = [inspect.getfile(entry) for entry in entries]
-    siblings = [file for entry in entry_files for file in get_relative_import_files(entry)]
-    return [Path(file) for file in sorted({*entry_files, *siblings})]
-
-
-def _copy_code(folder: Path, family: Family) -> None:
-    for file in code_files(family):
-        shutil.copyfile(file, folder / file.name)
 
 
 def _copy_processor(folder: Path, base: Path, family: Family) -> None:

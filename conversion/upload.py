@@ -50,7 +50,7 @@ def push_folder(folder: Path, repository: str, revision: str | None, public: boo
         )
     except Exception as error:  # of several libraries, and with addresses and headers in them
         raise ConversionError(
-            f"uploading {folder} to {repository} failed, run conversion/push.py on it to go on: "
+            f"uploading {folder} to {repository} failed, run `glimpseprune push` on it to go on: "
             f"{reasons(error)}"
         ) from None
     return str(commit.commit_url)

@@ -18,23 +18,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError, read_json
-from modeling_glimpseprune.stock import TRANSFORMERS_5
 
-AUTO_MODEL = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
 QUESTION = "What is written here?"
 HEIGHT, WIDTH = 112, 168
 TEXT_LENGTH = 24
@@ -96,12 +92,13 @@ def verify(folder: Path, source: Source, base: Path) -> None:
 
 
 def _scores(task: dict, scratch: Path) -> dict[str, torch.Tensor]:
-    """Run this file on a task in a fresh process that sees no other code of ours."""
+    """Run this file on a task in a fresh process, which looks for packages where this one does."""
     result = scratch / f"{task['role']}.safetensors"
     (scratch / "task.json").write_text(json.dumps(task | {"result": str(result)}))
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     completed = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), str(scratch / "task.json")],
-        env=os.environ | {"HF_MODULES_CACHE": str(scratch / "modules")},
+        [sys.executable, "-m", "conversion.verification", str(scratch / "task.json")],
+        env=os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "PYTHONPATH": paths},
         cwd=scratch,
         capture_output=True,
         text=True,
@@ -198,7 +195,7 @@ def _load_repository(task: Mapping[str, object]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(task["folder"], trust_remote_code=True)
     if not config.glimpse_base["included"]:
         config.glimpse_base |= {"repository": task["base"], "revision": None}
-    model, loading = getattr(transformers, AUTO_MODEL).from_pretrained(
+    model, loading = AutoModelForImageTextToText.from_pretrained(
         task["folder"],
         config=config,
         trust_remote_code=True,

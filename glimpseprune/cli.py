@@ -8,15 +8,21 @@ import sys
 COMMANDS = {
     "ask": "answer a question about an image and show which visual tokens were kept",
     "calibrate": "choose the prune layer and the threshold of a checkpoint, without training",
+    "convert-llava-base": "turn a LLaVA-1.5 base of its authors into the Hub's layout",
+    "convert-official": "convert an official GlimpsePrune checkpoint into a Hub repository",
+    "convert-stage1": "make a Hub repository of what train-stage1 wrote",
+    "convert-stage2": "make a Hub repository of a merged base and the stage 1 trained on it",
     "evaluate": "measure accuracy and retention over a data set",
     "inspect": "say what a repository is, and whether its weights are sound",
     "make-pages": "write pages of the tiny world with questions and evidence boxes",
     "merge": "merge the adapter of stage 2 into its base",
+    "push": "upload a finished repository, or go on with an interrupted upload",
     "train-base": "train the tiny base model from nothing",
     "train-plus": "stage 2, merge, and stage 1 again, in one go",
     "train-stage1": "train the glimpse token and the visual importance predictor",
     "train-stage2": "train the language model by reinforcement learning on pruned sequences",
 }
+CONVERSIONS = ("convert-llava-base", "convert-official", "convert-stage1", "convert-stage2", "push")
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -36,17 +42,19 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     chosen = next((argument for argument in argv if argument in COMMANDS), None)
     arguments = build_parser(chosen).parse_args(argv)
+    from .hub.redaction import quiet_logging, redact
+
+    quiet_logging()
     try:
         return _module(arguments.command).run(arguments)
     except (ValueError, OSError) as error:
-        from .hub.redaction import redact
-
         print(f"glimpseprune {arguments.command}: {redact(str(error))}", file=sys.stderr)
         return 2
 
 
 def _module(command: str):
-    return importlib.import_module(f"glimpseprune.commands.{command.replace('-', '_')}")
+    package = "conversion" if command in CONVERSIONS else "glimpseprune.commands"
+    return importlib.import_module(f"{package}.{command.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,52 @@
-"""Loading a GlimpsePrune repository as its users do, and the defaults the repository carries."""
+"""Loading a GlimpsePrune repository as its users do; by default the tiny one that comes along."""
 
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from modeling_glimpseprune.stock import TRANSFORMERS_5
+from .hub.remote_code import with_code
+from .package_files import TINY_MODEL
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TINY_MODEL = REPOSITORY / "hub_configs" / "tiny"
-SAMPLE_PAGE = TINY_MODEL / "page.png"
+REPOSITORY = Path(__file__).resolve().parents[1]  # of a clone
+
+
+def tiny_repository() -> Path:
+    """The folder of the tiny model that comes along, complete wherever the package was installed.
+
+    Raises:
+        OSError: when its code has to be put into a cache that cannot be written.
+    """
+    return with_code(TINY_MODEL)
 
 
 def load_model(
-    path: str | Path, device: str | None = None, dtype: str | torch.dtype = "auto"
+    path: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load model and processor with the automatic classes of the installed transformers.
 
     Args:
-        path: a folder or a Hub repository.
+        path: a folder or a Hub repository; None for the tiny one.
         device: where to put the model; default: a GPU if there is one.
         dtype: as `from_pretrained` takes it. On a CPU, "auto" means float32.
 
     Raises:
         OSError: when there is no such model.
     """
+    path = path or tiny_repository()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
-    name = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
-    model_class = getattr(transformers, name)
-    model = model_class.from_pretrained(str(path), trust_remote_code=True, dtype=dtype)
+    model = AutoModelForImageTextToText.from_pretrained(
+        str(path), trust_remote_code=True, dtype=dtype
+    )
     processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)
     processor.tokenizer.padding_side = "left"
     return model.to(device).eval(), processor

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from glimpseprune.cli import COMMANDS, main
-from glimpseprune.loading import SAMPLE_PAGE
+from glimpseprune.package_files import SAMPLE_PAGE
 
 
 def test_every_command_has_help(capsys):

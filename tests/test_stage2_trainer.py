@@ -28,6 +28,7 @@ from transformers import set_seed
 
 from glimpseprune.cli import main
 from glimpseprune.loading import REPOSITORY
+from glimpseprune.package_files import find_recipe
 from glimpseprune.training import rewards
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.recipe import read_recipe
@@ -378,12 +379,12 @@ def test_plus_runs_all_three_steps(
 
 
 def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):
-    recipe = make_stage2_recipe(stage1_recipe="recipes/stage1_tiny.yaml")
+    recipe = make_stage2_recipe(stage1_recipe="stage1_tiny")
     train_stage2(recipe)
     output = tmp_path / "merged"
     assert main(["merge", "--adapter", recipe.output, "--output", str(output)]) == 0
     said = capsys.readouterr().out
-    assert f"train-stage1 --recipe recipes/stage1_tiny.yaml --base {output}" in said
+    assert f"train-stage1 --recipe stage1_tiny --base {output}" in said
     assert load_for_training(str(output))[0].model.glimpse.trained
     assert main(["merge", "--adapter", str(tmp_path / "no"), "--output", str(tmp_path / "m")]) == 2
     assert "is no folder here" in capsys.readouterr().err
@@ -398,7 +399,7 @@ def test_recipes_can_be_read(name, tmp_path):
     tiny = name.startswith("tiny")
     given |= {"training.use_cpu": True, "base": "b"} if tiny else {}
     recipe = read_recipe(Stage2Recipe, path, given)
-    assert (REPOSITORY / recipe.stage1_recipe).exists()
+    assert find_recipe(recipe.stage1_recipe).exists()
     if tiny:
         assert recipe.mask == ("sampled" if name == "tiny_sampled" else "model")
         assert recipe.training_config().num_generations == 8

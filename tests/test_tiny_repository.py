@@ -2,17 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import transformers
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from glimpseprune.loading import REPOSITORY, SAMPLE_PAGE, TINY_MODEL
+from glimpseprune.hub.remote_code import code_files, with_code
+from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
 
-CODE = REPOSITORY / "modeling_glimpseprune"
+CONFIG = TINY_MODEL / "config.json"
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 FRESH_PROCESS = """
 import json, sys
@@ -43,14 +44,42 @@ print(json.dumps({
 
 
 def test_code_files_are_links_and_complete():
-    references = json.loads((TINY_MODEL / "config.json").read_text())["auto_map"].values()
-    entries = {CODE / f"{reference.partition('.')[0]}.py" for reference in references}
-    needed = [file for entry in entries for file in get_relative_import_files(entry)]
-    shipped = {Path(file).name for file in [*entries, *needed]}
+    code = {path.name: path for path in code_files(json.loads(CONFIG.read_text()))}
     links = {path.name: path for path in TINY_MODEL.glob("*.py")}
-    assert set(links) == shipped
+    assert links.keys() == code.keys()
     for name, link in links.items():
-        assert link.is_symlink() and link.resolve() == (CODE / name).resolve()
+        assert link.is_symlink() and link.resolve() == code[name].resolve()
+    assert with_code(TINY_MODEL) == TINY_MODEL
+
+
+def test_a_folder_without_its_code_is_completed_once(tmp_path, monkeypatch):
+    """Where git makes plain files of links, a code file holds the place of the code."""
+    monkeypatch.setattr("glimpseprune.hub.remote_code.HF_HOME", str(tmp_path / "cache"))
+    plain = tmp_path / "tiny"
+    shutil.copytree(TINY_MODEL, plain, symlinks=True)
+    (plain / "__pycache__").mkdir()
+    for link in list(plain.glob("*.py")):
+        place = str(link.readlink())
+        link.unlink()
+        link.write_text(place)
+    complete = with_code(plain)
+    assert complete.parent == tmp_path / "cache" / "glimpseprune"
+    for path in TINY_MODEL.iterdir():
+        assert (complete / path.name).read_bytes() == path.read_bytes()
+    assert len(list(complete.iterdir())) == len(list(TINY_MODEL.iterdir()))
+    written = complete.stat().st_mtime_ns
+    assert with_code(plain) == complete and complete.stat().st_mtime_ns == written
+    (plain / "training_summary.json").write_text("{}")
+    assert with_code(plain) not in (complete, plain)
+
+
+def test_a_copy_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("glimpseprune.hub.remote_code.HF_HOME", str(tmp_path / "file"))
+    shutil.copytree(TINY_MODEL, tmp_path / "tiny")
+    (tmp_path / "tiny" / "glimpse.py").unlink()
+    with pytest.raises(OSError, match="file"):
+        with_code(tmp_path / "tiny")
 
 
 def test_repository_is_at_most_twelve_megabytes():

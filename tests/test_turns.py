@@ -27,6 +27,7 @@ from test_invariants import (
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
+from modeling_glimpseprune.pruned_cache import PrunedLayer
 from modeling_glimpseprune.stock import cache_of, given_cache
 
 
@@ -223,10 +224,15 @@ def test_a_static_cache_is_refused(shared_models, build_batch):
 
 
 class RoundedLayer(QuantizedLayer):
-    """A quantized layer that needs no package: it keeps multiples of a step."""
+    """A quantized layer that needs no package: it keeps multiples of a step.
 
-    def __init__(self, step: float):
-        super().__init__(residual_length=2)
+    Args:
+        step: a power of two, so that the multiples are exact.
+        residual_length: so many new tokens are rounded together.
+    """
+
+    def __init__(self, step: float, residual_length: int):
+        super().__init__(residual_length=residual_length)
         self.step = step
 
     def _quantize(self, tensor, axis):
@@ -236,38 +242,61 @@ class RoundedLayer(QuantizedLayer):
         return q_tensor * self.step
 
 
-def rounded_cache(model, step: float) -> Cache:
-    return Cache(layers=[RoundedLayer(step) for _ in model.model.language_model.layers])
+class OpenlyRoundedLayer(PrunedLayer):
+    """What a `RoundedLayer` must come to: kept tokens that are rounded where they lie."""
+
+    def __init__(self, step: float):
+        super().__init__()
+        self.step = step
+
+    def seal(self):
+        self.keys, self.values = (
+            torch.round(each / self.step) * self.step for each in (self.keys, self.values)
+        )
+
+
+def cache_of_layers(model, layer_class, *arguments) -> Cache:
+    return Cache(layers=[layer_class(*arguments) for _ in model.model.language_model.layers])
 
 
 @pytest.mark.feature("quantized cache")
 @torch.no_grad()
 def test_a_quantized_cache_holds_kept_tokens(shared_models, build_batch):
-    """Fine steps change nothing; coarse ones change what they change in the stock model."""
+    """It holds the numbers that an open cache holds whose prompt is rounded likewise."""
     models, batch = shared_models(24), build_batch(RAGGED)
-    keep = random_keep(batch)
+    keep, step, never = random_keep(batch), 2.0**-4, 99
     reorders = "reorder_cache" in vars(QuantizedLayer)  # earlier releases reorder an empty residual
     for options in ({}, {"num_beams": 2}) if reorders else ({},):
-        cache = rounded_cache(models.pruned, 2.0**-20)
         options = options | {"visual_keep_mask": keep}
-        output = generate(models.pruned, batch.inputs, **given_cache(cache), **options)
-        assert cache.layers[0].dropped and cache.layers[-1].store.residual_length
-        assert_same_output(output, generate(models.pruned, batch.inputs, **options))
-    everything = {"visual_keep_mask": torch.ones_like(keep)}
-    coarse, unrounded = (
-        generate(models.pruned, batch.inputs, 6, **given_cache(past), **everything)
-        for past in (rounded_cache(models.pruned, 0.5), None)
-    )
-    stock_cache = rounded_cache(models.stock, 0.5)
-    assert_same_output(coarse, generate(models.stock, batch.inputs, 6, **given_cache(stock_cache)))
-    assert not torch.allclose(step_logits(coarse, 0), step_logits(unrounded, 0), atol=1e-3)
+        held = cache_of_layers(models.pruned, RoundedLayer, step, never)
+        openly = cache_of_layers(models.pruned, OpenlyRoundedLayer, step)
+        output, expected, unrounded = (
+            generate(models.pruned, batch.inputs, **given_cache(cache), **options)
+            for cache in (held, openly, None)
+        )
+        assert held.layers[0].dropped and held.layers[-1].store.get_seq_length()
+        assert_same_output(output, expected)
+        assert not torch.allclose(step_logits(output, 0), step_logits(unrounded, 0), atol=1e-2)
+
+
+@pytest.mark.feature("quantized cache")
+@torch.no_grad()
+def test_a_quantized_cache_of_every_token_is_the_stock_models(shared_models, build_batch):
+    """No number of these models lies within float32's error of where rounding turns."""
+    models, batch = shared_models(24), build_batch(RAGGED)
+    everything = {"visual_keep_mask": torch.ones(batch.num_visual, dtype=torch.bool)}
+    stock_cache, cache = (cache_of_layers(each, RoundedLayer, 0.5, 2) for each in models)
+    output = generate(models.pruned, batch.inputs, 6, **given_cache(cache), **everything)
+    assert_same_output(output, generate(models.stock, batch.inputs, 6, **given_cache(stock_cache)))
+    unrounded = generate(models.pruned, batch.inputs, 6, **everything)
+    assert not torch.allclose(step_logits(output, 0), step_logits(unrounded, 0), atol=1e-2)
 
 
 @pytest.mark.feature("quantized cache")
 @torch.no_grad()
 def test_what_a_quantized_cache_cannot_do(shared_models, build_batch):
     models, batch = shared_models(24), build_batch(ONE)
-    cache = rounded_cache(models.pruned, 2.0**-20)
+    cache = cache_of_layers(models.pruned, RoundedLayer, 2.0**-20, 2)
     output = generate(models.pruned, batch.inputs, 2, **given_cache(cache), max_keep_ratio=0.4)
     assert not getattr(cache, "is_croppable", False)  # as newer releases ask before they crop
     for change in (

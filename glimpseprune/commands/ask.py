@@ -21,10 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from modeling_glimpseprune.stock import cache_of
 
-    from ..loading import SAMPLE_PAGE, TINY_MODEL, load_model, prepare
+    from ..loading import load_model, prepare
+    from ..package_files import SAMPLE_PAGE
 
     image = open_image(arguments.image or SAMPLE_PAGE)
-    model, processor = load_model(arguments.model or TINY_MODEL)
+    model, processor = load_model(arguments.model)
     inputs = prepare(processor, [image], [arguments.question]).to(model.device)
     names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens")
     settings = {name: getattr(arguments, name) for name in names}

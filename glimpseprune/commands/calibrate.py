@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..calibration import calibrate, candidate_layers
-    from ..loading import TINY_MODEL, load_model
+    from ..loading import load_model, tiny_repository
 
-    repository = arguments.model or TINY_MODEL
+    repository = arguments.model or tiny_repository()
     config_file = Path(repository) / "config.json"
     if arguments.write and not config_file.is_file():
         raise ValueError(f"--write needs a repository in a folder, got {repository}")

@@ -25,9 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..evaluation import evaluate, summarise
-    from ..loading import TINY_MODEL, load_model
+    from ..loading import load_model
 
-    model, processor = load_model(arguments.model or TINY_MODEL)
+    model, processor = load_model(arguments.model)
     samples = read_samples(
         arguments.data, arguments.image_folder, arguments.questions, arguments.seed
     )

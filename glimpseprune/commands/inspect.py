@@ -4,17 +4,21 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("repository", help="folder or Hub id; of the latter, only headers are read")
+    parser.add_argument(
+        "repository",
+        nargs="?",
+        help="folder or Hub id; of the latter, only headers are read (default: the tiny model)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..hub.inspection import inspect_repository
-    from ..hub.redaction import quiet_logging
+    from ..loading import tiny_repository
 
-    quiet_logging()
-    report = inspect_repository(arguments.repository, arguments.revision)
-    for name, value in describe(report).items():
+    repository = arguments.repository or tiny_repository()
+    report = inspect_repository(repository, arguments.revision)
+    for name, value in ({"repository": str(repository)} | describe(report)).items():
         print(f"{name:18} {value}")
     return 0
 

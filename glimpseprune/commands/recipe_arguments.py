@@ -3,6 +3,17 @@
 import argparse
 from collections.abc import Iterable
 
+from ..package_files import recipe_names
+
+
+def recipe_help(start: str) -> str:
+    """What to say of an argument that is a recipe, by its file or its name.
+
+    Args:
+        start: what the names that are listed begin with.
+    """
+    return f"YAML file, or the name of one that comes along: {', '.join(recipe_names(start))}"
+
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What to start from and what to learn from."""

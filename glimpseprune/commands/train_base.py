@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .recipe_arguments import recipe_help
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny_base.yaml"))
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=Path("tiny_base"),
+        help=f"{recipe_help('tiny_base')} (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     parser.add_argument("--start", type=Path, help="model folder to go on from, not from nothing")
     parser.add_argument("--seed", type=int, default=0)

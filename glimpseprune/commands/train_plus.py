@@ -7,12 +7,17 @@ Writes the adapter to `OUTPUT.adapter`, the merged model to `OUTPUT.merged` and 
 import argparse
 from pathlib import Path
 
-from .recipe_arguments import add_data_arguments, add_set_argument, read_overrides
+from .recipe_arguments import (
+    add_data_arguments,
+    add_set_argument,
+    read_overrides,
+    recipe_help,
+)
 from .train_stage2 import require_trl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, required=True, help="of stage 2")
+    parser.add_argument("--recipe", type=Path, required=True, help=recipe_help("stage2_"))
     parser.add_argument("--stage1-recipe", type=Path, help="default: the one stage 2's names")
     add_data_arguments(parser)
     parser.add_argument("--merge-base", help="stock model to merge into (default: --base)")

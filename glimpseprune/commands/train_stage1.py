@@ -6,13 +6,18 @@ Several processes: `accelerate launch -m glimpseprune.cli train-stage1 --recipe 
 import argparse
 from pathlib import Path
 
-from .recipe_arguments import add_data_arguments, add_run_arguments, read_overrides
+from .recipe_arguments import (
+    add_data_arguments,
+    add_run_arguments,
+    read_overrides,
+    recipe_help,
+)
 
 FLAGS = ("base", "data", "validation_data", "image_folder", "output")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, help="YAML file (see recipes/stage1_*.yaml)")
+    parser.add_argument("--recipe", type=Path, help=recipe_help("stage1_"))
     add_data_arguments(parser)
     parser.add_argument("--validation-data", help="questions held out")
     parser.add_argument("--output", help="folder of the repository to write; must not exist")

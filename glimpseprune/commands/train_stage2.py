@@ -6,13 +6,18 @@ Several processes: `accelerate launch -m glimpseprune.cli train-stage2 --recipe 
 import argparse
 from pathlib import Path
 
-from .recipe_arguments import add_data_arguments, add_run_arguments, read_overrides
+from .recipe_arguments import (
+    add_data_arguments,
+    add_run_arguments,
+    read_overrides,
+    recipe_help,
+)
 
 FLAGS = ("base", "data", "image_folder", "output", "mask")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, help="YAML file (see recipes/stage2_*.yaml)")
+    parser.add_argument("--recipe", type=Path, help=recipe_help("stage2_"))
     add_data_arguments(parser)
     parser.add_argument("--output", help="folder of the adapter to write; must not exist")
     parser.add_argument("--mask", help="what rollouts keep: model, evidence or all")

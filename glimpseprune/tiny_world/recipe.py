@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..package_files import find_recipe
+
 SOURCES = ("images", "cards", "both")
 
 
@@ -69,10 +71,14 @@ class Recipe:
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe; unknown fields are an error."""
+    """Read a recipe, by its path or the name of one that comes along; unknown fields are an error.
+
+    Raises:
+        FileNotFoundError: when there is no such recipe.
+    """
     import yaml
 
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    content = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8"))
     content["stages"] = tuple(_stage(fields) for fields in content["stages"])
     if "evaluation_grids" in content:
         content["evaluation_grids"] = tuple(map(tuple, content["evaluation_grids"]))

@@ -11,6 +11,8 @@ import yaml
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..package_files import find_recipe
+
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for a string
 
 AnyRecipe = TypeVar("AnyRecipe", bound="TrainingRecipe")
@@ -60,14 +62,14 @@ def read_recipe(
 
     Args:
         recipe_class: a dataclass; fields whose default is a dictionary are sections.
-        path: a YAML file, or None for the defaults alone.
+        path: a YAML file, the name of a recipe that comes along, or None for the defaults alone.
         overrides: values by field; a dot reaches into a section.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: when there is no such recipe.
         ValueError: naming the field that is unknown, missing or of a wrong type.
     """
-    content = {} if path is None else _read_yaml(Path(path))
+    content = {} if path is None else _read_yaml(find_recipe(path))
     for name, value in overrides.items():
         section, dot, key = name.partition(".")
         if dot:

@@ -116,7 +116,8 @@ class Stage2Recipe(TrainingRecipe):
         rewards: weight of each reward (see `rewards.py`) by its name.
         judge: fields of `JudgeConfig`, for the reward `judge`.
         lora: fields of `Lora`.
-        stage1_recipe: the recipe to run on the merged model, for `glimpseprune merge` to name.
+        stage1_recipe: the recipe to run on the merged model, by name or path, for `glimpseprune
+            merge` to name.
         training: fields of `Stage2Config`.
     """
 

@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/processing_glimpseprune.py

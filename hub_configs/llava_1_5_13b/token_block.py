@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/token_block.py

@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/importance_predictor.py

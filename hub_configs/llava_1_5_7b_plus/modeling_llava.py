@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/modeling_llava.py

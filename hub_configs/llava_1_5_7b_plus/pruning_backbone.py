@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/pruning_backbone.py

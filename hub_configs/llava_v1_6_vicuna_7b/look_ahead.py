@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/look_ahead.py

@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/stock.py

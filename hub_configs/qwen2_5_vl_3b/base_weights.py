@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/base_weights.py

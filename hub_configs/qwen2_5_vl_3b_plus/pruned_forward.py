@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/pruned_forward.py

@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/decoder_run.py

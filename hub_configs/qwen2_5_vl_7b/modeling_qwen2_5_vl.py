@@ -1,1 +1,0 @@
-../../modeling_glimpseprune/modeling_qwen2_5_vl.py

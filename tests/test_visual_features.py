@@ -5,13 +5,17 @@ import torch
 from modeling_glimpseprune.visual_features import ImageView, VisualFeatures
 
 
+def view_of(tokens: torch.Tensor, number: int) -> ImageView:
+    """A view in one row, at an image's first placeholders."""
+    length = len(tokens)
+    geometry, grid = torch.full((length, 6), number), torch.tensor([1, 1, length])
+    return ImageView([tokens], geometry, grid, torch.arange(length))
+
+
 def features_of(*lengths: int) -> VisualFeatures:
     """Images filled with their number; the last placeholder of each is no visual token."""
     images = [torch.full((length, 4), float(i)) for i, length in enumerate(lengths)]
-    views = [
-        [ImageView([image[:-1]], torch.full((len(image) - 1, 6), i), torch.arange(len(image) - 1))]
-        for i, image in enumerate(images)
-    ]
+    views = [[view_of(image[:-1], number)] for number, image in enumerate(images)]
     return VisualFeatures(pooler_output=images, glimpse_views=views)
 
 

@@ -109,6 +109,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
 
     def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
         """Encode by the stock method alone; arguments as for `encode_visual`."""
+        self.check_config()
         outputs = getattr(super(), f"get_{kind}_features")(**inputs, **AS_OUTPUT)
         return VisualFeatures(pooler_output=embeddings_of(outputs), **encoder_fields(outputs))
 
@@ -165,6 +166,10 @@ class PruningModelMixin(GlimpseWeightsMixin):
             position_ids = after
         elif request is not None and position_ids is None and not self.positions_from_ids:
             position_ids = prompt_positions(kwargs.get("attention_mask"))
+        if request is not None:  # a long prefill can use the memory
+            encoded = {
+                kind: replace(features, glimpse_views=None) for kind, features in encoded.items()
+            }
         del masks
         outputs = super().forward(
             input_ids=input_ids if self.positions_from_ids else None,

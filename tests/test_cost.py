@@ -172,7 +172,7 @@ def test_formula_of_the_vision_encoder_agrees_with_the_counter(models):
 
 def test_stages_add_up(models, batch):
     settings = {"prune_threshold": 0.0, "max_keep_ratio": 0.2}
-    stages = flops_by_stage(lambda: run(models.pruned, batch, **settings), glimpse_layer=3)
+    stages = flops_by_stage(lambda: run(models.pruned, batch, **settings), prune_layer=3)
     assert sum(stages.values()) == count_flops(lambda: run(models.pruned, batch, **settings))
     assert stages["head"] == 2 * models.pruned.lm_head.weight.numel()
     images = (batch.inputs["pixel_values"], batch.inputs["image_grid_thw"])
@@ -180,7 +180,7 @@ def test_stages_add_up(models, batch):
     decoder, predictor = geometry(models.pruned)
     kept, text = int(0.2 * math.prod(GRID)), sum(TEXT) + VISION_TOKENS
     above = decoder.mlp(text + kept) + 2 * decoder.layer(text + kept)
-    assert stages["decoder above K"] == above
+    assert stages["decoder above P"] == above
     assert stages["predictor"] >= predictor.cost(math.prod(GRID))
 
 

@@ -42,7 +42,7 @@ def test_a_point(build_models):
     assert result["average visual tokens a layer"] == pytest.approx(average)
     stock, pruned = (result["operations"][name] for name in ("stock", "pruned"))
     assert stock["vision"] == pruned["vision"] > 0 == stock["predictor"] < pruned["predictor"]
-    assert pruned["decoder above K"] < stock["decoder above K"]
+    assert pruned["decoder above P"] < stock["decoder above P"]
     for seconds in ("seconds to the first token", "seconds a decode step"):
         assert set(result[seconds]) == {"stock", "pruned", "unpruned", "equal cache"}
         assert min(result[seconds].values()) > 0

@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[32, 1])
     parser.add_argument("--glimpse-layer", type=int, nargs="+", default=[9, 5, 12])
+    parser.add_argument("--prune-layer", type=int, nargs="+", default=[None], help="default: K")
     parser.add_argument("--text-tokens", type=int, default=58)
     return parser
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                 "batch": arguments.batch,
                 "new_tokens": arguments.new_tokens,
                 "glimpse_layer": arguments.glimpse_layer,
+                "prune_layer": arguments.prune_layer,
             },
             known,
         ):

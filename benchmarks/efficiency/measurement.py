@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import StoppingCriteria
 
-STAGES = ("vision", "decoder up to K", "decoder above K", "predictor", "head")
+STAGES = ("vision", "decoder up to P", "decoder above P", "predictor", "head")
 
 
 class StepClock(StoppingCriteria):
@@ -156,13 +156,13 @@ CPU_KERNEL = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash
 
 
 @torch.no_grad()
-def flops_by_stage(call: Callable, glimpse_layer: int) -> dict[str, int]:
+def flops_by_stage(call: Callable, prune_layer: int) -> dict[str, int]:
     """Counted operations of a call by stage (`STAGES`), attention without its causal half."""
     with FlopCounterMode(display=False, custom_mapping=CPU_KERNEL) as counter:
         call()
     stages = dict.fromkeys(STAGES, 0)
     for name, counts in _leaves(counter.get_flop_counts()).items():
-        stages[_stage(name, glimpse_layer)] += sum(counts.values())
+        stages[_stage(name, prune_layer)] += sum(counts.values())
     return stages
 
 
@@ -184,13 +184,13 @@ def _leaves(counts: dict[str, dict]) -> dict[str, dict]:
     return own | {"": rest}
 
 
-def _stage(name: str, glimpse_layer: int) -> str:
+def _stage(name: str, prune_layer: int) -> str:
     if found := re.search(r"language_model\.layers\.(\d+)", name):
         layer = int(found[1])
-        below = layer < glimpse_layer or (layer == glimpse_layer and ".mlp" not in name)
-        return "decoder up to K" if below else "decoder above K"
+        below = layer < prune_layer or (layer == prune_layer and ".mlp" not in name)
+        return "decoder up to P" if below else "decoder above P"
     if "glimpse" in name:
         return "predictor"
     if re.search(r"visual|vision|multi_modal_projector", name, re.IGNORECASE):
         return "vision"
-    return "head" if name.endswith("lm_head") else "decoder up to K"
+    return "head" if name.endswith("lm_head") else "decoder up to P"

@@ -6,6 +6,9 @@ from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
     QWEN2_5_VL_VISION,
+    Decoder,
+    Predictor,
+    look_ahead,
     pruned_prefill,
     stock_prefill,
 )
@@ -29,6 +32,23 @@ python -m benchmarks.efficiency --geometry qwen2_5_vl_7b --device cuda --dtype b
     --visual-tokens 5074 500 16000 --retention 0.0398 0.1 0.5 --batch 1 8 32 \\
     --new-tokens 128 1 1024 --glimpse-layer 18 9 --output FOLDER --page FOLDER/page.md
 ```"""
+PRUNE_LAYERS = (18, 7, 6, 5, 4, 2, 0)
+OTHER_MODELS = {
+    "Qwen2.5-VL-3B (36 layers, K = 23)": (
+        Decoder(36, 2048, 11008, 16, 2),
+        Predictor(4, 256, 512, 1280, 16),
+        23,
+        (5000, 200),
+        (23, 8, 6),
+    ),
+    "LLaVA-1.5-7B (32 layers, K = 21, no grouped queries)": (
+        Decoder(32, 4096, 11008, 32, 32),
+        Predictor(4, 256, 512, 1024, 32),
+        21,
+        (576, 64),
+        (21, 6, 4),
+    ),
+}
 LAW_LAYERS, LAW_RETENTION = (9, 14, 18, 23), (0.03, 0.04, 0.1, 0.25, 0.5)
 PAPER_PROMPT, PAPER_KEPT, TEXT = 5074, 202, 60
 
@@ -43,6 +63,7 @@ def write_page(results: dict, page: Path) -> None:
         "## Sweeps\n\n" + _sweeps(points, page),
         "## Where the time goes\n\n" + _profiles(centre["profiles"]),
         "## The law of the prefill's cost\n\n" + _law(),
+        "## Dropping early, looking ahead\n\n" + _early_law(),
     ]
     if not str(results["machine"].get("device", "")).startswith("NVIDIA"):
         sections.append("## On a GPU\n\n" + ON_A_GPU)
@@ -61,7 +82,7 @@ with the sweeps `{_flags(results["points"])}`.
 Pruned and stock model share weights (random) and attention implementation, run in turns in one
 process, and compute the logits of the last position only. Ratios are pruned over stock, medians of
 ratios of calls that followed one another. Retention is the kept share of the visual tokens after
-layer K, and is forced. Peak memory on a CPU follows the tensors that operations return
+layer P, and is forced. Peak memory on a CPU follows the tensors that operations return
 (`LiveBytes`); what kernels need inside themselves is not in it.
 
 {described}; repetitions: {" or ".join(map(str, repetitions))} (the JSON says which).
@@ -82,7 +103,8 @@ def _centre(centre: dict) -> str:
     point = centre["point"]
     rows = [
         f"{centre['visual']} visual and {centre['text']} other tokens, {centre['kept']} visual "
-        f"tokens kept, K = {point['glimpse_layer']} of {centre['layers']}, batch "
+        f"tokens kept, K = {point['glimpse_layer']} of {centre['layers']}, P = "
+        f"{point['prune_layer']}, batch "
         f"{point['batch']}, {point['new_tokens']} new tokens, {centre['repetitions']} repetitions; "
         "on average "
         f"{centre['average visual tokens a layer']:.0f} visual tokens a layer.",
@@ -221,3 +243,55 @@ the paper's workload ({PAPER_PROMPT} visual tokens, {PAPER_KEPT} kept, K = 18) i
 The vision encoder costs {vision / 1e12:.1f} TFLOP for that image, {vision / stock:.2f} of the stock
 decoder's prefill, and pruning in the decoder cannot touch it: with it, the prefill's ratio is
 {(paper + vision) / (stock + vision):.4f}."""
+
+
+def _early_law() -> str:
+    """Counted costs below P = K, and where looking ahead loses."""
+    stock = stock_prefill(QWEN2_5_VL_7B, TEXT + 5000)
+    shape = (QWEN2_5_VL_7B, OFFICIAL_PREDICTOR_7B, 18, TEXT, 5000)
+    rows = ["| P | 200 kept | 550 kept | of which looking ahead |", "|---|---|---|---|"]
+    for layer in PRUNE_LAYERS:
+        costs = [pruned_prefill(*shape, kept, layer) / stock for kept in (200, 550)]
+        ahead = look_ahead(QWEN2_5_VL_7B, 18, layer, TEXT, 5000) / stock if layer < 18 else 0
+        rows.append(f"| {layer} | {costs[0]:.3f} | {costs[1]:.3f} | {ahead:.3f} |")
+    vision = QWEN2_5_VL_VISION.cost(5000)
+    with_vision = (pruned_prefill(*shape, 200, 5) + vision) / (stock + vision)
+    others = "\n".join(_of_another_model(name, *of) for name, of in OTHER_MODELS.items())
+    return f"""With `prune_layer` P below K tokens are dropped at P and the glimpse is read ahead: the
+prompt's text and the glimpse run on to K over keys and values of visual tokens as they stand at P.
+Counted, Qwen2.5-VL-7B, K = 18, 5000 visual and {TEXT} other tokens, over the stock decoder's
+prefill (`python benchmarks/prefill_flops.py`):
+
+{chr(10).join(rows)}
+
+With the vision encoder, which stays, P = 5 and 200 kept come to {with_vision:.3f}. Elsewhere:
+
+{others}
+
+Where it loses:
+
+- Short prompts. The look-ahead runs K - P layers once more over a few tokens. Their operations are
+  next to nothing, but each layer's weights are read for them: below about 500 visual tokens that
+  is latency which the shorter prefill hardly pays back. Leave `prune_layer` out there.
+- No grouped queries. Keys and values of a visual token then cost as much as its queries (a sixth of
+  a layer for LLaVA-1.5 against a seventieth for Qwen2.5-VL-7B), so looking ahead over many layers
+  costs more than it spares close to K.
+- Batches wait for the device twice instead of once, as how many visual tokens each row has is not
+  known on the host.
+- Thresholds do not carry over from P = K, and how early a checkpoint can drop is its own affair:
+  `glimpseprune calibrate` measures both."""
+
+
+def _of_another_model(
+    name: str,
+    decoder: Decoder,
+    predictor: Predictor,
+    glimpse_layer: int,
+    tokens: tuple[int, int],
+    layers: tuple[int, ...],
+) -> str:
+    visual, kept = tokens
+    stock = stock_prefill(decoder, TEXT + visual)
+    shape = (decoder, predictor, glimpse_layer, TEXT, visual, kept)
+    shares = [f"{pruned_prefill(*shape, layer) / stock:.3f} at P = {layer}" for layer in layers]
+    return f"- {name}, {visual} visual tokens, {kept} kept: {', '.join(shares)}"

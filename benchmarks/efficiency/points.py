@@ -50,6 +50,7 @@ class Point:
         batch: prompts.
         new_tokens: of each answer.
         glimpse_layer: K.
+        prune_layer: P, at most K; None is K.
     """
 
     sweep: str
@@ -58,6 +59,7 @@ class Point:
     batch: int
     new_tokens: int
     glimpse_layer: int
+    prune_layer: int | None = None
 
 
 def points_of(sweeps: dict[str, list]) -> list[Point]:
@@ -102,7 +104,12 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
     """
     prompt = _prompt(centre, point, pair, point.visual_tokens)
     short = _prompt(centre, point, pair, max(1, round(point.retention * prompt.visual)))
-    settings = {"prune_threshold": 0.0, "max_keep_ratio": point.retention}
+    prune_layer = point.glimpse_layer if point.prune_layer is None else point.prune_layer
+    settings = {
+        "prune_threshold": 0.0,
+        "max_keep_ratio": point.retention,
+        "prune_layer": prune_layer,
+    }
     runs = {
         "stock": lambda tokens, **more: _generate(pair.stock, prompt, tokens, **more),
         "pruned": lambda tokens, **more: _generate(pair.pruned, prompt, tokens, **settings, **more),
@@ -147,14 +154,13 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
     caches = {name: cache_of(runs[name](1)) for name in ("stock", "pruned")}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
     flops = {
-        name: flops_by_stage(_bound(runs[name], 1), point.glimpse_layer)
-        for name in ("stock", "pruned")
+        name: flops_by_stage(_bound(runs[name], 1), prune_layer) for name in ("stock", "pruned")
     }
     decoder = {name: sum(of.values()) - of["vision"] for name, of in flops.items()}
     ratios["decoder operations"] = decoder["pruned"] / decoder["stock"]
     kept = caches["pruned"].glimpse.kept // point.batch
     layers = len(pair.pruned.model.language_model.layers)
-    below = point.glimpse_layer + 1
+    below = prune_layer + 1
     result = {
         "point": asdict(point),
         "repetitions": centre.repetitions,

@@ -257,7 +257,7 @@ def _early_law() -> str:
     vision = QWEN2_5_VL_VISION.cost(5000)
     with_vision = (pruned_prefill(*shape, 200, 5) + vision) / (stock + vision)
     others = "\n".join(_of_another_model(name, *of) for name, of in OTHER_MODELS.items())
-    return f"""With `prune_layer` P below K tokens are dropped at P and the glimpse is read ahead: the
+    return f"""With `prune_layer` P below K tokens are dropped at P, the glimpse is read ahead: the
 prompt's text and the glimpse run on to K over keys and values of visual tokens as they stand at P.
 Counted, Qwen2.5-VL-7B, K = 18, 5000 visual and {TEXT} other tokens, over the stock decoder's
 prefill (`python benchmarks/prefill_flops.py`):

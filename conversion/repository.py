@@ -40,7 +40,6 @@ from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX, GLIMPSE_SHARD
 from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 TRAINED_KEY = f"{GLIMPSE_PREFIX}trained"
-MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
 PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 PROCESSOR_FILES = (
     *PROCESSOR_CONFIGS,
@@ -184,12 +183,9 @@ def build_config(
         )
     if publication.glimpse_only and not publication.base_repository:
         raise ConversionError("a glimpse-only repository must name the base that it leaves out")
-    auto_map = {"AutoConfig": _reference(family.config_class)}
-    auto_map |= {name: _reference(family.model_class) for name in MODEL_AUTO_CLASSES}
-    auto_map["AutoProcessor"] = _reference(family.processor_class)
     head = {
         "architectures": [family.model_class.__name__],
-        "auto_map": auto_map,
+        "auto_map": family.auto_map,
         "model_type": family.config_class.model_type,
         "glimpse_base": {
             "repository": publication.base_repository,
@@ -296,11 +292,6 @@ def _enumerate(items: list[str]) -> str:
     return ", ".join(items[:MAX_NAMED]) + rest
 
 
-def _reference(code: type) -> str:
-    """`module.Class`, as an auto_map names it."""
-    return f"{code.__module__.rpartition('.')[2]}.{code.__name__}"
-
-
 def _write_weights(
     folder: Path,
     shards: list[Shard],
@@ -392,7 +383,7 @@ def _copy_processor(folder: Path, base: Path, family: Family) -> None:
             content = read_json(folder / name)
             content["processor_class"] = family.processor_class.__name__
             auto_map = content.get("auto_map", {})
-            content["auto_map"] = auto_map | {"AutoProcessor": _reference(family.processor_class)}
+            content["auto_map"] = auto_map | {"AutoProcessor": family.auto_map["AutoProcessor"]}
             write_json(folder / name, content)
 
 

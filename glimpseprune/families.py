@@ -46,6 +46,12 @@ LLAVA_NAMES = {
     r"^model\.vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model.",
 }
 
+WHOLE_MODEL_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForVision2Seq",
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -82,9 +88,27 @@ class Family:
             return self.model_class(config)
 
     @property
+    def auto_map(self) -> dict[str, str]:
+        """`module.Class` that each of transformers' automatic classes loads, as for stock models.
+
+        Some releases lack one or the other of the automatic classes.
+        """
+        whole = dict.fromkeys(WHOLE_MODEL_CLASSES, _reference(self.model_class))
+        return {
+            "AutoConfig": _reference(self.config_class),
+            "AutoModel": _reference(self.model_class.backbone_class),
+            **whole,
+            "AutoProcessor": _reference(self.processor_class),
+        }
+
+    @property
     def model_types(self) -> tuple[str, str]:
         """`model_type` of the stock base and of ours."""
         return self.base_model_type, self.config_class.model_type
+
+
+def _reference(code: type) -> str:
+    return f"{code.__module__.rpartition('.')[2]}.{code.__name__}"
 
 
 QWEN2_5_VL = Family(

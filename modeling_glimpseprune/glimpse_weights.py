@@ -48,11 +48,16 @@ class GlimpseWeightsMixin:
         warn_if_untested()
         with located_weights(pretrained_model_name_or_path, kwargs) as (source, arguments):
             model, report = super().from_pretrained(
-                source, *args, output_loading_info=True, **arguments
+                source, *args, output_loading_info=True, **cls.named_weights(arguments)
             )
         own_weights(model, pretrained_model_name_or_path)
         model.settle_glimpse(report)
         return (model, report) if output_loading_info else model
+
+    @classmethod
+    def named_weights(cls, arguments: dict) -> dict:
+        """Arguments of `from_pretrained` that know the names of a whole repository's weights."""
+        return arguments
 
     def settle_glimpse(self, report: dict) -> None:
         """Believe the mark `trained` only where every glimpse weight was loaded.

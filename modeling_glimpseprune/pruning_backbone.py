@@ -27,6 +27,7 @@ from .pruning_arguments import (
 from .stock import (
     AS_OUTPUT,
     add_encoded,
+    backbone_names,
     embeddings_of,
     encoder_fields,
     given_cache,
@@ -58,6 +59,10 @@ class PruningModelMixin(GlimpseWeightsMixin):
 
     def glimpse_module(self) -> Glimpse:
         return self.glimpse
+
+    @classmethod
+    def named_weights(cls, arguments: dict) -> dict:
+        return arguments | backbone_names(cls, arguments.get("key_mapping"))
 
     def check_config(self) -> None:
         """Check the configuration, whose fields may have been set since the model was built.

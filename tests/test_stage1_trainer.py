@@ -495,7 +495,9 @@ def test_repository_reloads_in_a_fresh_process(make_recipe, data, tmp_path):
     model_class = "modeling_qwen2_5_vl.GlimpsePruneQwen2_5_VLForConditionalGeneration"
     assert references == {
         "AutoConfig": "configuration_glimpseprune.GlimpsePruneQwen2_5_VLConfig",
+        "AutoModel": "modeling_qwen2_5_vl.GlimpsePruneQwen2_5_VLModel",
         "AutoModelForImageTextToText": model_class,
+        "AutoModelForMultimodalLM": model_class,
         "AutoModelForVision2Seq": model_class,
         "AutoProcessor": "processing_glimpseprune.GlimpsePruneQwen2_5_VLProcessor",
     }

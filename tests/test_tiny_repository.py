@@ -88,7 +88,8 @@ def test_repository_is_at_most_twelve_megabytes():
 
 
 def auto_model_names() -> list[str]:
-    return ["AutoModelForImageTextToText"] + ([] if TRANSFORMERS_5 else ["AutoModelForVision2Seq"])
+    other = "AutoModelForMultimodalLM" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
+    return ["AutoModelForImageTextToText", other]
 
 
 @pytest.mark.parametrize("auto_model", auto_model_names())

@@ -7,10 +7,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_glimpseprune.stock import TRANSFORMERS_5
 
+from ..families import family_of
 from ..hub.folders import vacant_sibling
 from ..portable import edit_json, make_processor_portable, portable_config, write_json
 
-MODEL_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 SUMMARY_FILE = "training_summary.json"
 # transformers 5 would write a base read under other names back under those.
@@ -37,12 +37,9 @@ def write_repository(
         ValueError: when `output` exists and is not an empty folder.
     """
     model.to(dtype)
-    model_name = _reference(type(model))
-    auto_map = {"AutoConfig": _reference(type(model.config))}
-    auto_map |= dict.fromkeys(MODEL_AUTO_CLASSES, model_name)
-    auto_map["AutoProcessor"] = _reference(type(processor))
+    auto_map = family_of(model.config.to_dict(), "the model").auto_map
     type(model.config).register_for_auto_class("AutoConfig")
-    type(model).register_for_auto_class(MODEL_AUTO_CLASSES[0])
+    type(model).register_for_auto_class("AutoModelForImageTextToText")
     type(processor).register_for_auto_class("AutoProcessor")
     with vacant_sibling(output) as folder:
         model.save_pretrained(folder, **UNDER_OWN_NAMES)
@@ -53,11 +50,6 @@ def write_repository(
         for name in PROCESSOR_FILES:
             _with_auto_map(folder / name, {"AutoProcessor": auto_map["AutoProcessor"]})
         write_json(folder / SUMMARY_FILE, summary)
-
-
-def _reference(code: type) -> str:
-    """`module.Class`, as an auto_map names it."""
-    return f"{code.__module__.rpartition('.')[2]}.{code.__name__}"
 
 
 def _with_auto_map(path: Path, auto_map: dict[str, str]) -> None:

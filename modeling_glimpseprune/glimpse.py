@@ -94,7 +94,6 @@ class Glimpse(nn.Module):
             config, text_config.num_attention_heads, vision_size
         )
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
-        self.declared_untrained = False
 
     def check_built_for(self, config) -> None:
         """Refuse a configuration that was changed where these weights depend on it.
@@ -111,14 +110,12 @@ class Glimpse(nn.Module):
                 )
 
     def declare_untrained(self) -> None:
-        """Note, and say once, that some of these weights did not come from training."""
-        self.trained.fill_(False)
-        if not self.declared_untrained:
-            logger.warning(
-                "The glimpse weights are new or incomplete: this model refuses to prune until they "
-                "are trained (glimpseprune train-stage1). prune=False and visual_keep_mask work."
-            )
-        self.declared_untrained = True
+        """Note and say that some of these weights did not come from training."""
+        self.trained = torch.zeros((), dtype=torch.bool, device=self.trained.device)
+        logger.warning(
+            "The glimpse weights are new or incomplete: this model refuses to prune until they are "
+            "trained (glimpseprune train-stage1). prune=False and visual_keep_mask work."
+        )
 
     def read_attention(self, logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Turn one layer's scaled products into the predictor's input.
@@ -142,5 +139,11 @@ class Glimpse(nn.Module):
         coordinates: torch.Tensor,
         groups: list[TokenGroup],
     ) -> torch.Tensor:
-        """Importance logits `(N,)`; arguments as for `VisualImportancePredictor`."""
-        return self.predictor(attention, vision_features, coordinates, groups)
+        """Importance logits `(N,)`; arguments as for `VisualImportancePredictor`.
+
+        The predictor may be of another dtype than the decoder: in float32 while it is trained, over
+        a quantised base, or over one in float16.
+        """
+        dtype = self.predictor.output_projection.weight.dtype
+        features = [layer.to(dtype) for layer in vision_features]
+        return self.predictor(attention.to(dtype), features, coordinates, groups)

@@ -1,12 +1,20 @@
 """The added weights in a model: their initialisation, and checkpoints that lack them."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .base_weights import located_weights, own_weights
 from .glimpse import Glimpse, GlimpseToken
 from .importance_predictor import RMSNorm
 from .low_rank import ZeroLinear
-from .stock import lacks_weights, warn_if_untested
+from .stock import (
+    keep_out_of_quantisation,
+    lacks_weights,
+    mismatched_names,
+    stored_buffer,
+    warn_if_untested,
+)
 
 
 class GlimpseWeightsMixin:
@@ -16,22 +24,53 @@ class GlimpseWeightsMixin:
         """The module whose weights are added to the base."""
         raise NotImplementedError
 
+    def post_init(self) -> None:
+        """Keep the glimpse on one device and out of quantisation.
+
+        Its maps are small, and what they are worth hangs on small differences.
+        """
+        glimpse = self.glimpse_module()
+        path = next(name for name, module in self.named_modules() if module is glimpse)
+        keep_out_of_quantisation(self, path)
+        self._no_split_modules = [*(self._no_split_modules or ()), type(glimpse).__name__]
+        super().post_init()
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
+    ):
         """As the stock method; the base of a glimpse-only repository is fetched.
 
-        Weights that a checkpoint lacks make the glimpse untrained. transformers 4 fills missing
-        weights in before it reads the others, `trained` among them.
+        Raises:
+            ValueError: when the checkpoint holds glimpse weights that its configuration has no
+                place for.
         """
         warn_if_untested()
         with located_weights(pretrained_model_name_or_path, kwargs) as (source, arguments):
-            loaded = super().from_pretrained(source, *args, **arguments)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model, report = super().from_pretrained(
+                source, *args, output_loading_info=True, **arguments
+            )
         own_weights(model, pretrained_model_name_or_path)
-        glimpse = model.glimpse_module()
-        if glimpse.declared_untrained:
-            glimpse.trained.fill_(False)
-        return loaded
+        model.settle_glimpse(report)
+        return (model, report) if output_loading_info else model
+
+    def settle_glimpse(self, report: dict) -> None:
+        """Believe the mark `trained` only where every glimpse weight was loaded.
+
+        Args:
+            report: what `from_pretrained` says of missing, unexpected and mismatched weights.
+        """
+        glimpse = self.glimpse_module()
+        if unexpected := _of_glimpse(report["unexpected_keys"]):
+            raise ValueError(
+                f"the checkpoint holds {len(unexpected)} glimpse weights that its configuration "
+                f"has no place for, {unexpected[0]} among them: give the configuration's fields as "
+                "they were in training"
+            )
+        if _of_glimpse([*report["missing_keys"], *mismatched_names(report)]):
+            glimpse.declare_untrained()
+        else:
+            glimpse.trained = stored_buffer(glimpse, "trained").bool()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called for fresh modules and, when loading, for those the checkpoint lacks weights of."""
@@ -46,4 +85,7 @@ class GlimpseWeightsMixin:
                 nn.init.zeros_(module.bias)
             if isinstance(module, ZeroLinear):
                 nn.init.zeros_(module.weight)
-            glimpse.declare_untrained()
+
+
+def _of_glimpse(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if ".glimpse." in f".{name}")

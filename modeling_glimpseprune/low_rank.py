@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .decoder_layers import device_of
+
 ATTENTION_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MAPS = ("gate_proj", "up_proj", "down_proj")
 STALE_MAPS = ("k_proj", "v_proj")
@@ -27,8 +29,8 @@ class LowRankAddition(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`, in the dtype that came."""
-        weight = self.down.weight
-        return self.up(self.down(states.to(weight.device, weight.dtype))).to(states)
+        inner = states.to(device_of(self.down, states), self.down.weight.dtype)
+        return self.up(self.down(inner)).to(states)
 
 
 def low_rank_additions(

@@ -290,6 +290,39 @@ def lacks_weights(module: nn.Module) -> bool:
     return not all(getattr(weight, "_is_hf_initialized", False) for weight in own)
 
 
+def keep_out_of_quantisation(model: PreTrainedModel, path: str) -> None:
+    """Let no quantizer that asks for exceptions touch a part of a model.
+
+    The list they ask is the one of what stays in float32 when a model is loaded in float16, so the
+    part does that, too. transformers 5 matches paths from their start, transformers 4 any part of
+    them.
+
+    Args:
+        path: of the part, from the model.
+    """
+    name = path if TRANSFORMERS_5 else path.rpartition(".")[2]
+    model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or ()), name]
+
+
+def mismatched_names(report: dict) -> list[str]:
+    """Weights that a checkpoint holds in another shape, of what `from_pretrained` reports.
+
+    transformers 5 gives the shapes as well.
+    """
+    faults = report["mismatched_keys"]
+    return [fault if isinstance(fault, str) else fault[0] for fault in faults]
+
+
+def stored_buffer(module: nn.Module, name: str) -> torch.Tensor:
+    """A buffer as the checkpoint holds it.
+
+    Of a module that lies on disk, whose weights accelerate fetches when they are needed, the
+    library leaves buffers as they were made.
+    """
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return getattr(module, name) if weights is None else weights[name]
+
+
 def save_under_own_names(model: PreTrainedModel) -> None:
     """Forget the base's names, under which transformers 5 would save what was loaded from them."""
     model._weight_conversions = None

@@ -134,6 +134,22 @@ def test_fields_given_with_a_stored_model_are_checked(shared_models, family, tmp
         FAMILIES[family].family.model_class.from_pretrained(tmp_path, **{name: WRONG[name][0]})
 
 
+@pytest.mark.parametrize(
+    ("stored", "given", "weight"),
+    [
+        ({"vision_layers": [1, 0]}, {"vision_layers": [0]}, "predictor.condition_projections.1"),
+        ({"glimpse_lora_rank": 2}, {"glimpse_lora_rank": 0}, "token_additions.0"),
+    ],
+)
+def test_fields_that_leave_no_place_for_stored_weights(
+    build_models, family, tmp_path, stored, given, weight
+):
+    """Otherwise the model would answer without them."""
+    build_models(52, glimpse=stored).pruned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"no place for, model.glimpse.{weight}.* among them"):
+        FAMILIES[family].family.model_class.from_pretrained(tmp_path, **given)
+
+
 @pytest.mark.parametrize("name", WRONG)
 @torch.no_grad()
 def test_fields_of_a_built_model_are_checked(shared_models, build_batch, monkeypatch, name):

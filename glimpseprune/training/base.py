@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
 from modeling_glimpseprune.glimpse import Glimpse
 from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
+from modeling_glimpseprune.stock import mismatched_names
 
 from ..families import Family, family_of
 
@@ -169,7 +170,7 @@ def _check_loading(source: str, loading: dict, may_miss: str | tuple[str, ...]) 
     """Refuse a checkpoint whose tensors are not exactly the model's, fresh ones apart."""
     missing = [name for name in loading["missing_keys"] if not name.startswith(may_miss)]
     faults = {"missing": missing, "unexpected": list(loading["unexpected_keys"])}
-    faults["of a wrong shape"] = [fault[0] for fault in loading["mismatched_keys"]]
+    faults["of a wrong shape"] = mismatched_names(loading)
     sentences = [
         f"{kind}: {', '.join(sorted(names)[:8])}" for kind, names in faults.items() if names
     ]

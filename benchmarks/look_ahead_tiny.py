@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pages", type=int, default=1600, help="pages to train on")
     parser.add_argument("--images", type=int, default=4, help="pages a step, 8 questions each")
-    parser.add_argument("--validation", type=int, default=400, help="questions")
+    parser.add_argument("--validation", type=int, default=1024, help="questions")
     parser.add_argument("--test", type=int, default=1024, help="questions")
     arguments = parser.parse_args()
     report = compare(arguments)
@@ -143,12 +143,12 @@ def measure(
     figures = {
         "prune_layer": prune_layer,
         "threshold": threshold,
-        "retention": sum(answer.kept for answer in by_threshold) / len(by_threshold),
         "recall": evidence_recall(importance[prune_layer], threshold, evidence),
     }
     for name, answers in (("", by_threshold), ("capped_", by_cap)):
         difference, error = paired_difference(answers, base_answers)
         figures |= {
+            f"{name}retention": sum(answer.kept for answer in answers) / len(answers),
             f"{name}accuracy": sum(answer.score for answer in answers) / len(answers),
             f"{name}over_base": difference,
             f"{name}standard_error": error,

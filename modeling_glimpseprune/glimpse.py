@@ -78,22 +78,31 @@ class Glimpse(nn.Module):
         self.token = None
         if config.num_glimpse_tokens:
             self.token = GlimpseToken(config, text_config.hidden_size, text_config.rms_norm_eps)
-        layers = range(config.glimpse_layer + 1)
         self.token_additions = self.stale_additions = None
-        if config.glimpse_lora_rank and config.num_glimpse_tokens:
-            self.token_additions = low_rank_additions(
-                text_config, layers, (*ATTENTION_MAPS, *MLP_MAPS), config.glimpse_lora_rank
-            )
-        if config.stale_rank:
-            self.stale_additions = low_rank_additions(
-                text_config, layers[1:], STALE_MAPS, config.stale_rank
-            )
-        if self.token_additions is not None or self.stale_additions is not None:
-            self.built_for["glimpse_layer"] = config.glimpse_layer
+        self.add_low_rank(config)
         self.predictor = VisualImportancePredictor(
             config, text_config.num_attention_heads, vision_size
         )
         self.register_buffer("trained", torch.zeros((), dtype=torch.bool))
+
+    def add_low_rank(self, config) -> None:
+        """Build the low-rank additions that a configuration has and these weights have not.
+
+        They start at zero, so what was trained stays as good as it was.
+        """
+        layers, text_config = range(config.glimpse_layer + 1), config.get_text_config()
+        if self.token_additions is None and config.glimpse_lora_rank and self.token is not None:
+            self.token_additions = low_rank_additions(
+                text_config, layers, (*ATTENTION_MAPS, *MLP_MAPS), config.glimpse_lora_rank
+            )
+        if self.stale_additions is None and config.stale_rank:
+            self.stale_additions = low_rank_additions(
+                text_config, layers[1:], STALE_MAPS, config.stale_rank
+            )
+        for name in ("glimpse_lora_rank", "stale_rank"):
+            self.built_for[name] = getattr(config, name)
+        if self.token_additions is not None or self.stale_additions is not None:
+            self.built_for["glimpse_layer"] = config.glimpse_layer
 
     def check_built_for(self, config) -> None:
         """Refuse a configuration that was changed where these weights depend on it.

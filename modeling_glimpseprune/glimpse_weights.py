@@ -43,7 +43,7 @@ class GlimpseWeightsMixin:
 
         Raises:
             ValueError: when the checkpoint holds glimpse weights that its configuration has no
-                place for.
+                place for, or lacks low-rank additions that the configuration names.
         """
         warn_if_untested()
         with located_weights(pretrained_model_name_or_path, kwargs) as (source, arguments):
@@ -72,7 +72,16 @@ class GlimpseWeightsMixin:
                 f"has no place for, {unexpected[0]} among them: give the configuration's fields as "
                 "they were in training"
             )
-        if _of_glimpse([*report["missing_keys"], *mismatched_names(report)]):
+        missing = _of_glimpse([*report["missing_keys"], *mismatched_names(report)])
+        additions = [name for name in missing if "_additions." in name]
+        if additions and len(missing) < len(glimpse.state_dict()):
+            raise ValueError(
+                "the checkpoint lacks low-rank additions that its configuration names "
+                f"(glimpse_lora_rank {self.config.glimpse_lora_rank}, stale_rank "
+                f"{self.config.stale_rank}), {additions[0]} among them: give the configuration's "
+                "fields as they were in training"
+            )
+        if missing:
             glimpse.declare_untrained()
         else:
             glimpse.trained = stored_buffer(glimpse, "trained").bool()

@@ -18,6 +18,9 @@ STALE_MAPS = ("k_proj", "v_proj")
 class ZeroLinear(nn.Linear):
     """A linear map that starts at zero."""
 
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
 
 class LowRankAddition(nn.Module):
     """`up(down(x))`, to be added to what a linear map makes of x."""

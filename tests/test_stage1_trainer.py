@@ -528,14 +528,19 @@ def start(recipe, *launcher: str, flags: tuple[str, ...] = ()) -> subprocess.Pop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["grounding", "distillation"])
+@pytest.mark.parametrize("objective", ["grounding", "distillation", "grounding, read ahead"])
 def test_two_processes_equal_one_with_twice_the_accumulation(make_recipe, base, objective):
     """The same losses, logged step by step, and the same weights; one process writes."""
     step = {"optim": "sgd", "max_steps": 3, "warmup": 0.0, "save_steps": 2, "mask_noise": False}
     step["per_device_train_batch_size"] = 1  # six questions: no step shorter than another
     if objective == "distillation":
         step |= {"grounding_weight": 0.0, "distillation_weight": 1.0}
+    fields = {}
+    if objective == "grounding, read ahead":
+        step["answer_weight"] = 0.0
+        fields = {"prune_layer": 0, "glimpse_lora_rank": 2, "stale_rank": 2}
     step = {f"training.{name}": value for name, value in step.items()}
+    step |= {f"glimpse.{name}": value for name, value in fields.items()}
     alone = make_recipe("alone", **step, **{"training.gradient_accumulation_steps": 2})
     train_stage1(alone)
     pair = make_recipe("pair", **step)
@@ -549,7 +554,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(make_recipe, base, 
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
     set_seed(3)
-    fresh = load_for_training(str(base), GLIMPSE)[0].state_dict()
+    fresh = load_for_training(str(base), GLIMPSE | fields)[0].state_dict()
     moved = [(fresh[name] - found[name]).abs().max() for name in fresh if "glimpse.token" in name]
     assert max(moved) > 1e-4
     for number in (2, 3):

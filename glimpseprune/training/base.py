@@ -8,14 +8,13 @@ from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
-from modeling_glimpseprune.glimpse import Glimpse
 from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
+from modeling_glimpseprune.low_rank import LowRankAddition
 from modeling_glimpseprune.stock import mismatched_names
 
 from ..families import Family, family_of
 
-ADDITIONS = ("token_additions.", "stale_additions.")
-MAY_CHANGE = ("prune_layer", "glimpse_lora_rank", "stale_rank")
+RANKS = ("glimpse_lora_rank", "stale_rank")  # may become positive where they are 0
 
 
 def load_for_training(
@@ -32,8 +31,9 @@ def load_for_training(
 
     Args:
         source: folder or Hub id of a stock model of a known family, or a GlimpsePrune repository.
-        glimpse_fields: the configuration's glimpse fields; of those of a repository only where
-            tokens are dropped and the ranks of low-rank additions can change.
+        glimpse_fields: the configuration's glimpse fields; of those of a repository only
+            `prune_layer` can change, and the ranks of low-rank additions that it does not have,
+            which start at zero.
         bf16: whether training computes in bfloat16.
         attn_implementation: as `from_pretrained` takes it.
 
@@ -47,7 +47,8 @@ def load_for_training(
     content, _ = PretrainedConfig.get_config_dict(source)
     family = family_of(content, source)
     stock = content["model_type"] == family.base_model_type
-    config = _config(source, family, content, glimpse_fields or {}, stock)
+    glimpse_fields = dict(glimpse_fields or {})
+    config = _config(source, family, content, glimpse_fields, stock)
     with _errors_only():
         model, loading = family.model_class.from_pretrained(
             source,
@@ -59,65 +60,14 @@ def load_for_training(
         )
         # Its parts would ask whether to run the repository's code, which is here already.
         processor = family.processor_class.from_pretrained(source, trust_remote_code=False)
-    additions = tuple(GLIMPSE_PREFIX + name for name in ADDITIONS)
-    _check_loading(source, loading, GLIMPSE_PREFIX if stock else additions)
-    fresh_additions = not stock and loading["missing_keys"]
-    if fresh_additions:  # they start at zero, so what was trained still is
-        model.model.glimpse.trained.fill_(True)
+    _check_loading(source, loading, (GLIMPSE_PREFIX,) if stock else ())
+    if not stock:
+        _change_fields(model, glimpse_fields)
     stored_dtype = model.dtype
     if stored_dtype != torch.bfloat16 or not bf16:
         model.float()
     model.model.glimpse.float()
     return model, processor, stored_dtype
-
-
-def late_backbone(source: str, model: PreTrainedModel) -> PreTrainedModel:
-    """The backbone of a repository, over another model's vision encoder and decoder.
-
-    Args:
-        source: a GlimpsePrune repository whose glimpse is read where tokens are dropped.
-        model: whose weights it shares, but for the glimpse.
-
-    Raises:
-        ValueError: when the repository's glimpse is untrained or looks ahead itself, or its base
-            differs from the model's in a configuration field.
-    """
-    late, _, _ = load_for_training(source)
-    if not late.model.glimpse.trained:
-        raise ValueError(f"the glimpse of {source} is not trained, so nothing can start from it")
-    if late.config.prune_layer not in (None, late.config.glimpse_layer):
-        raise ValueError(f"late_glimpse needs a glimpse that is read late; {source} looks ahead")
-    for part in ("text_config", "vision_config"):
-        theirs, ours = (getattr(each.config, part).to_dict() for each in (late, model))
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "depth"):
-            if theirs.get(name) != ours.get(name):
-                raise ValueError(
-                    f"late_glimpse: the base of {source} has {part}.{name} {theirs.get(name)}, "
-                    f"the model's has {ours.get(name)}"
-                )
-    backbone = late.model
-    for name, module in model.model.named_children():
-        if name != "glimpse":
-            setattr(backbone, name, module)
-    return backbone.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def start_glimpse_from(model: PreTrainedModel, late: Glimpse) -> None:
-    """Let fresh glimpse weights start as those of a late glimpse; additions stay at zero.
-
-    Raises:
-        ValueError: when they are of another shape.
-    """
-    own = model.model.glimpse
-    given = late.state_dict()
-    lacking = {name for name in own.state_dict() if not name.startswith(ADDITIONS)} ^ set(given)
-    if lacking:
-        raise ValueError(f"late_glimpse: its weights differ from the model's: {sorted(lacking)}")
-    try:
-        own.load_state_dict(given, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"late_glimpse: its weights do not fit: {error}") from None
 
 
 @torch.no_grad()
@@ -152,21 +102,39 @@ def _config(
     if not stock:
         config = family.config_class.from_pretrained(source)
         for name, value in glimpse_fields.items():
-            if name in MAY_CHANGE:
-                setattr(config, name, value)
-            elif value != getattr(config, name):
+            free = name == "prune_layer" or (name in RANKS and getattr(config, name) == 0)
+            if not free and value != getattr(config, name):
                 raise ValueError(
                     f"glimpse: {name} is {getattr(config, name)} in {source}, which is trained on, "
                     f"and cannot become {value}"
                 )
-        config.validate_glimpse_fields()
         return config
     own = ("model_type", "architectures", "auto_map", "transformers_version")
     inherited = {name: value for name, value in content.items() if name not in own}
     return family.config_class(**inherited, **glimpse_fields)
 
 
-def _check_loading(source: str, loading: dict, may_miss: str | tuple[str, ...]) -> None:
+@torch.no_grad()
+def _change_fields(model: PreTrainedModel, glimpse_fields: Mapping[str, object]) -> None:
+    """Change what may change of a loaded model's glimpse, whose trained weights stay.
+
+    Raises:
+        ValueError: for a field that cannot be.
+    """
+    config, glimpse = model.config, model.model.glimpse
+    for name in ("prune_layer", *RANKS):
+        if name in glimpse_fields:
+            setattr(config, name, glimpse_fields[name])
+    config.validate_glimpse_fields()
+    held = set(glimpse.modules())
+    glimpse.add_low_rank(config)
+    for module in glimpse.modules():
+        if isinstance(module, LowRankAddition) and module not in held:
+            spread = config.get_text_config().initializer_range
+            torch.nn.init.normal_(module.down.weight, std=spread)
+
+
+def _check_loading(source: str, loading: dict, may_miss: tuple[str, ...]) -> None:
     """Refuse a checkpoint whose tensors are not exactly the model's, fresh ones apart."""
     missing = [name for name in loading["missing_keys"] if not name.startswith(may_miss)]
     faults = {"missing": missing, "unexpected": list(loading["unexpected_keys"])}

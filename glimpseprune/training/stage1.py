@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.visual_cot import VisualCoTDataset, read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
-from .base import late_backbone, load_for_training, start_glimpse_as, start_glimpse_from
+from .base import load_for_training, start_glimpse_as
 from .checkpoints import checkpoint_to_resume
+from .late_glimpse import late_backbone, start_glimpse_from
 from .repository import write_repository
 from .run_plot import PLOT, plot_run
 from .stage1_config import Stage1Config, Stage1Recipe

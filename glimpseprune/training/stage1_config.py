@@ -124,8 +124,8 @@ class Stage1Config(TrainingArguments):
                 raise ValueError(f"{each.name} must be positive, got {value}")
         if not self.loss_weights():
             raise ValueError(
-                "there is no objective: grounding_weight and distillation_weight, or the weights "
-                "of all parts of grounding, are 0"
+                "there is no objective: grounding_weight, distillation_weight and late_weight, or "
+                "the weights of all parts of grounding, are 0"
             )
         if self.retention_target is not None and not 0 < self.retention_target <= 1:
             raise ValueError(f"retention_target must lie in (0, 1], got {self.retention_target}")

@@ -1,6 +1,6 @@
 """Stage 1: trains the glimpse token and the visual importance predictor on a frozen base.
 
-Two objectives, alone or together, by the weights of `Stage1Config`:
+Objectives, alone or together, by the weights of `Stage1Config`:
 
 - grounding (paper, section 3.3; weights of the official configuration): importance against evidence
   boxes by Dice and binary cross-entropy, and the answer's cross-entropy with the glimpse token in
@@ -80,12 +80,14 @@ class Stage1Trainer(Trainer):
                 "glimpse_lora_rank above 0: the glimpse token is not in the sequence then, so no "
                 "answer can see it"
             )
-        self.late = late
         model.requires_grad_(False)
         model.model.glimpse.requires_grad_(True)
         freeze_unread_additions(model)
         model.model.glimpse.trained.fill_(True)
         super().__init__(model=model, args=args, **kwargs)
+        self.late = late
+        if late is not None:
+            late.glimpse.to(args.device)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the questions of a batch
         self._figures = {"train": FigureMeans(), "eval": FigureMeans()}
 
@@ -326,12 +328,12 @@ def with_completions(
 def freeze_unread_additions(model: PreTrainedModel) -> None:
     """Leave low-rank additions alone that no look of this model reads: they stay at zero.
 
-    Of layer K the glimpse's query is read, its key where scores are a softmax over all keys, and
-    the keys of stale states; stale states begin above layer P.
+    Of the last layer that is read, K, count the glimpse's query, its key where scores are a softmax
+    over all keys, and the keys of stale states; stale states begin above layer P.
     """
     config, glimpse = model.config, model.model.glimpse
-    last = config.glimpse_layer
-    prune_layer = last if config.prune_layer is None else config.prune_layer
+    last = max(config.attention_layers)
+    prune_layer = config.glimpse_layer if config.prune_layer is None else config.prune_layer
     query_maps = {"q_proj", "k_proj"} if glimpse.log_probabilities else {"q_proj"}
     for additions, first, of_last in (
         (glimpse.token_additions, 0, query_maps),
@@ -339,7 +341,8 @@ def freeze_unread_additions(model: PreTrainedModel) -> None:
     ):
         for index, maps in (additions or {}).items():
             for name, addition in maps.items():
-                unread = int(index) < first or (int(index) == last and name not in of_last)
+                unread = not first <= int(index) <= last
+                unread |= int(index) == last and name not in of_last
                 addition.requires_grad_(not unread)
 
 

@@ -29,6 +29,9 @@ class LookAhead:
         request: what to do with its visual tokens.
         beside: the glimpse tokens after layer P's attention, or None where there are none.
 
+    Raises:
+        ValueError: when nothing that runs could look, see `_check_looks`.
+
     Attributes:
         stale: `(batch, visual tokens, hidden)` states of the visual tokens.
         stale_rotary: cosine and sine `(batch, visual tokens, head_dim)` of their positions.
@@ -45,6 +48,8 @@ class LookAhead:
         beside: Runners | None,
     ):
         self.decoder_run, self.request, self.past_slots = run, request, block.past_slots
+        if beside is None:
+            _check_looks(block, request)
         visual, text = _split(block, request.tokens)
         rotary = plain_rotary(run.decoder.config, rotary)
         self.stale = visual.of(block.hidden_states)
@@ -137,6 +142,21 @@ class _Part:
         steps = torch.arange(column, column + count, device=self.columns.device)
         columns = torch.cat([self.columns, steps.expand(batch, -1)], dim=1)
         return _Part(columns, torch.cat([self.real, self.real.new_ones(batch, count)], dim=1))
+
+
+def _check_looks(block: TokenBlock, request: PruneRequest) -> None:
+    """Without a glimpse token the prompt's last token looks, so it must be one that runs.
+
+    Raises:
+        ValueError: when it is a visual token, which stands still.
+    """
+    if (request.tokens.columns == block.prompt_length - 1).any():
+        raise ValueError(
+            "a prompt ends in an image, whose last token would have to look as there is no glimpse "
+            "token (num_glimpse_tokens 0), but stands still above prune_layer "
+            f"{request.prune_layer}: put text behind the image, or give prune_layer as the "
+            f"glimpse_layer {request.glimpse_layer}"
+        )
 
 
 def _split(block: TokenBlock, tokens: VisualTokens) -> tuple[_Part, _Part]:

@@ -15,6 +15,7 @@ from benchmarks.efficiency.measurement import (
     flops_by_stage,
     peak_bytes,
 )
+from benchmarks.prefill_flops import MODELS
 from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     QWEN2_5_VL_7B,
@@ -131,6 +132,27 @@ def test_looking_ahead_costs_what_the_formula_says(batch, prune_layer, ranks):
     expected = law.pruned(prune_layer, text, visual, kept)
     expected += rotary_flops(model, text + visual + 1 + text + kept)
     assert decoder_flops(model, batch, **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "visual", "kept", "shares"),
+    [
+        ("qwen2_5_vl_7b", 5000, 200, {18: 0.673, 7: 0.307, 6: 0.274, 5: 0.240, 4: 0.208, 0: 0.075}),
+        ("qwen2_5_vl_7b", 5000, 550, {18: 0.694, 7: 0.353, 6: 0.322, 5: 0.291, 4: 0.260, 0: 0.136}),
+        ("qwen2_5_vl_3b", 5000, 200, {23: 0.674, 8: 0.283, 6: 0.231}),
+        ("qwen2_5_vl_3b", 5000, 550, {23: 0.694, 8: 0.327, 6: 0.278}),
+        ("llava_1_5_7b", 576, 64, {21: 0.734, 6: 0.462, 4: 0.426}),
+    ],
+)
+def test_shares_are_those_of_another_count(name, visual, kept, shares):
+    """Rounded to a thousandth; it counted the text's MLP of layer P once, which runs twice here."""
+    decoder, predictor, glimpse_layer = MODELS[name]
+    text = 60
+    stock = stock_prefill(decoder, text + visual)
+    tolerance = 1e-3 + decoder.mlp(text + 1) / stock
+    for prune_layer, expected in shares.items():
+        counted = pruned_prefill(decoder, predictor, glimpse_layer, text, visual, kept, prune_layer)
+        assert counted / stock == pytest.approx(expected, abs=tolerance), prune_layer
 
 
 def test_an_early_prefill_of_7b_costs_a_quarter_of_stock():

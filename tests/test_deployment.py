@@ -348,17 +348,26 @@ def place(module: torch.nn.Module, device: str) -> None:
 
 @pytest.mark.feature("device_map, several devices")
 @pytest.mark.parametrize("glimpse_device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("glimpse_layer", [0, 1, 2])
+@pytest.mark.parametrize("glimpse_layer, prune_layer", [(0, 0), (1, 1), (2, 2), (1, 0), (2, 1)])
 @torch.no_grad()
-def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
-    """Two devices of tensors without contents: an operation on both would raise."""
-    monkeypatch.setattr(Prefill, "_kept_counts", lambda *args: ([9, 11], False, 15))
+def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, prune_layer, glimpse_device):
+    """Two devices of tensors without contents: an operation on both would raise.
+
+    A look-ahead asks a batch how long its rows' texts are, which only contents tell; so it is one
+    row there.
+    """
+    early = prune_layer < glimpse_layer
+    kept = [11] if early else [9, 11]
+    batch, count = len(kept), 10 * len(kept)
+    monkeypatch.setattr(Prefill, "_kept_counts", lambda *args: (kept, False, 15))
     fields = build_config_fields() | {"predictor_hidden_size": 16, "predictor_condition_size": 16}
     fields["attn_implementation"] = "eager"  # other masks look into the padding
     config = QWEN2_5_VL.config_class(
         **fields,
         predictor_num_heads=2,
         glimpse_layer=glimpse_layer,
+        glimpse_lora_rank=2 * early,
+        stale_rank=2 * early,
         attention_layers=sorted({0, glimpse_layer}),
     )
     with FakeTensorMode():
@@ -370,26 +379,26 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, glimpse_device):
         place(decoder.norm, "cuda:1")
         place(decoder.rotary_emb, "cuda:0")
         place(model.glimpse, glimpse_device)
-        zeros = torch.zeros(20, 6, dtype=torch.long, device="cuda:0")
-        features = [torch.empty(20, 16, device="cuda:1") for _ in config.vision_layers]
+        zeros = torch.zeros(count, 6, dtype=torch.long, device="cuda:0")
+        features = [torch.empty(count, 16, device="cuda:1") for _ in config.vision_layers]
         tokens = VisualTokens(
-            zeros[:, 0], zeros[:, 1], features, zeros, ["image", "image"], [10, 10],
-            zeros[:2, 0], zeros[:2, :3],
+            zeros[:, 0], zeros[:, 1], features, zeros, ["image"] * batch, [10] * batch,
+            zeros[:batch, 0], zeros[:batch, :3],
         )  # fmt: skip
         request = PruneRequest(
-            model.glimpse, tokens, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1, glimpse_layer
+            model.glimpse, tokens, glimpse_layer, None, ["top_left"], 0.5, 0.3, 1, prune_layer
         )
         cache = DynamicCache()
         for length, prune_request in ((16, request), (1, None)):
             past = cache.get_seq_length()
             output = decoder(
-                inputs_embeds=torch.empty(2, length, 32, device="cuda:0"),
-                attention_mask=torch.ones(2, past + length, dtype=torch.long, device="cuda:0"),
-                position_ids=torch.zeros(3, 2, length, dtype=torch.long, device="cuda:0"),
+                inputs_embeds=torch.empty(batch, length, 32, device="cuda:0"),
+                attention_mask=torch.ones(batch, past + length, dtype=torch.long, device="cuda:0"),
+                position_ids=torch.zeros(3, batch, length, dtype=torch.long, device="cuda:0"),
                 **given_cache(cache),
                 use_cache=True,
                 prune_request=prune_request,
             )
-            assert output.last_hidden_state.shape == (2, length, 32)
+            assert output.last_hidden_state.shape == (batch, length, 32)
     assert [str(layer.keys.device) for layer in cache.layers] == devices
     assert all(layer.keys.shape[2] == 12 for layer in cache.layers)

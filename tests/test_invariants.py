@@ -73,11 +73,13 @@ def assert_equals_reference(
 ) -> None:
     """Ids, logits and cache of a pruned generation against the reference of each row.
 
+    Tokens were dropped at the prune layer that the output's record names.
+
     Args:
         masks: the keep mask of each row.
         first_step: tokens after the prompt that `output` was given and did not generate.
     """
-    layer = models.pruned.config.glimpse_layer
+    layer = cache_of(output).glimpse.prune_layer
     for row, (prompt, mask) in enumerate(zip(batch.rows, masks, strict=True)):
         completion = completion_of(output, batch, row)
         expected = run_hidden(models.stock, prompt, completion[:-1], mask, layer)
@@ -706,7 +708,7 @@ def hidden_loss(models: Models, batch: Batch, keep: torch.Tensor, output, length
     rows = zip(batch.rows, batch.split(keep), lengths, strict=True)
     for row, (prompt, mask, length) in enumerate(rows):
         tokens = completion_of(output, batch, row)[:length]
-        layer = models.pruned.config.glimpse_layer
+        layer = cache_of(output).glimpse.prune_layer
         logits = run_hidden(models.stock, prompt, tokens[:-1], mask, layer).logits[-length:]
         losses.append(torch.nn.functional.cross_entropy(logits, tokens, reduction="none"))
     return torch.cat(losses).mean()

@@ -66,11 +66,12 @@ def rows(build_batch) -> list[dict]:
     return [with_answers(row, count, i) for i, (row, count) in enumerate(answered)]
 
 
+@pytest.mark.parametrize("prune_layer", [None, 0])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @torch.no_grad()
-def test_each_row_is_cut_at_its_own_boundary(shared_models, rows, padding):
+def test_each_row_is_cut_at_its_own_boundary(shared_models, rows, padding, prune_layer):
     """Prompts that end at different columns: scores, logits and loss are those of each row."""
-    model = shared_models(5).pruned
+    model = shared_models(5, glimpse={"prune_layer": prune_layer}).pruned
     inputs = pad_right(rows)
     if padding == "left":
         labels = [row.pop("labels") for row in rows]

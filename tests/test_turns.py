@@ -101,9 +101,10 @@ def assert_equals_two_turns(models: Models, prompt, first_prompt, keeps, output,
     """Logits of a second answer against the stock model with each turn's dropped tokens hidden.
 
     The first turn's are hidden from everything behind it; the second's from what is behind the
-    second turn, and above the glimpse layer from the second turn itself.
+    second turn, and above the prune layer, of which both turns have the same, from the second turn
+    itself.
     """
-    stock, layer = models.stock, models.pruned.config.glimpse_layer
+    stock, layer = models.stock, cache_of(output).glimpse.prune_layer
     steps = step_logits(output, row)
     completion = output.sequences[row, -len(steps) :]
     input_ids = torch.cat([prompt["input_ids"], completion[None, :-1]], dim=1)

@@ -69,6 +69,7 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
             "vision_feature_select_strategy",
         )
     }
+    encoder_requests = ()
 
     forward = show_pruning_arguments(LlavaNextModel.forward)(PruningModelMixin.forward)
     get_image_features = show_arguments(LlavaNextModel.get_image_features)(

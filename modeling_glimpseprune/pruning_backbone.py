@@ -26,6 +26,7 @@ from .pruning_arguments import (
 )
 from .stock import (
     AS_OUTPUT,
+    OF_ENCODERS,
     add_encoded,
     backbone_names,
     embeddings_of,
@@ -46,6 +47,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
     Attributes:
         visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
+        encoder_requests: arguments for outputs of layers that the encoders hear as well.
         positions_from_ids: whether the stock backbone derives rotary positions from `input_ids`.
         predictor_window: side of the vision encoder's attention windows in tokens, if it has any.
     """
@@ -54,6 +56,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
     glimpse: Glimpse
     visual_inputs: dict[str, tuple[str, ...]] = {}
     visual_notes: dict[str, tuple[str, ...]] = {}
+    encoder_requests = OF_ENCODERS
     positions_from_ids = False
     predictor_window: int | None = None
 
@@ -197,7 +200,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
         """Refuse no tokens at all; and both forms of them, where ids say nothing more."""
         both = input_ids is not None and inputs_embeds is not None
         if (input_ids is None and inputs_embeds is None) or (both and not self.positions_from_ids):
-            raise ValueError("You must give exactly one of input_ids or inputs_embeds")
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
     def _check_boundary(self, arguments: PruningArguments) -> None:
         """Refuse to train on answers that would take part in choosing the visual tokens."""
@@ -294,14 +297,20 @@ class PruningModelMixin(GlimpseWeightsMixin):
 
         Args:
             describes: whether anybody asks where visual tokens are; else the stock encoder runs.
+
+        Raises:
+            ValueError: when visuals come both as pixels and encoded.
         """
-        encoded = dict(encoded or {})
+        encode = self.encode_visual if describes else self.encode_plainly
+        encoded, of_pixels = dict(encoded or {}), {}
         for kind, names in self.visual_inputs.items():
-            inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            taken = (*names, *self.encoder_requests)
+            inputs = {name: kwargs[name] for name in taken if kwargs.get(name) is not None}
             if kwargs.pop(names[0], None) is not None:
-                encode = self.encode_visual if describes else self.encode_plainly
-                encoded[kind] = encode(kind, **inputs)
-        return encoded
+                of_pixels[kind] = encode(kind, **inputs)
+        if encoded and of_pixels:
+            raise ValueError("give mm_encoder_outputs or pixels, not both")
+        return encoded or of_pixels
 
     def _placeholder_masks(
         self,

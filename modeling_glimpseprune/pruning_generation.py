@@ -96,7 +96,8 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         """
         if inputs.get("visual_keep_mask") is None and not self.model.glimpse.trained:
             raise ValueError(UNTRAINED)
-        outputs = self.model(**inputs, prune=True, only_glimpse=True, use_cache=True)
+        asked = {"only_glimpse": True, "use_cache": True, "return_dict": True}
+        outputs = self.model(**inputs, prune=True, **asked)
         cache = cache_of(outputs)
         if not hasattr(cache, "glimpse"):
             raise ValueError("this prompt has no image or video to glimpse at")

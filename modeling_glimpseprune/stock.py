@@ -18,7 +18,13 @@ from collections.abc import Sequence
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers import (
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    cache_utils,
+    modeling_outputs,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -41,6 +47,11 @@ CACHE_NAME = next(name for name in CACHE_NAMES if name in _SHOWN)
 # Whether `generate` encodes visuals once, takes them encoded (as `mm_encoder_outputs`), and repeats
 # them so for beams.
 ENCODES_FIRST = hasattr(GenerationMixin, "_expand_multimodal_outputs")
+
+# Arguments of a backbone that it hands on to its encoders: where it returns what they returned.
+OF_ENCODERS = ("output_hidden_states", "output_attentions")
+if not hasattr(modeling_outputs, "MultimodalModelOutput"):
+    OF_ENCODERS = ()
 
 # transformers 5 has quantized layers of more than one kind.
 QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -225,11 +236,11 @@ def add_encoded(outputs, encoded: dict) -> None:
     names = type(outputs).__dataclass_fields__
     for kind, features in encoded.items():
         if f"{kind}_outputs" in names:
-            setattr(outputs, f"{kind}_outputs", features)
+            outputs[f"{kind}_outputs"] = features
         elif f"{kind}_hidden_states" in names:
             hidden = outputs.last_hidden_state
             embeddings = torch.cat(list(features.pooler_output))
-            setattr(outputs, f"{kind}_hidden_states", embeddings.to(hidden))
+            outputs[f"{kind}_hidden_states"] = embeddings.to(hidden)
 
 
 def select_hidden_states(hidden_states: tuple, asked: bool | int | Sequence[int]) -> tuple:

@@ -151,6 +151,10 @@ class GlimpsePruneLlavaModel(ClipBackboneMixin, LlavaModel):
         PruningModelMixin.get_image_features
     )
 
+    def asked_of_encoders(self, asked: dict) -> dict:
+        """Not single layers: those that the projector reads would be missing."""
+        return {name: value for name, value in asked.items() if isinstance(value, bool)}
+
     def describe_visuals(
         self, embeddings: list[torch.Tensor], taps: list[torch.Tensor], **inputs
     ) -> VisualFeatures:

@@ -69,12 +69,14 @@ class GlimpsePruneLlavaNextModel(ClipBackboneMixin, LlavaNextModel):
             "vision_feature_select_strategy",
         )
     }
-    encoder_requests = ()
 
     forward = show_pruning_arguments(LlavaNextModel.forward)(PruningModelMixin.forward)
     get_image_features = show_arguments(LlavaNextModel.get_image_features)(
         PruningModelMixin.get_image_features
     )
+
+    def asked_of_encoders(self, asked: dict) -> dict:
+        return {}
 
     def add_own_weights(self) -> None:
         hidden_size = self.config.text_config.hidden_size

@@ -47,7 +47,6 @@ class PruningModelMixin(GlimpseWeightsMixin):
     Attributes:
         visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
-        encoder_requests: arguments for outputs of layers that the encoders hear as well.
         positions_from_ids: whether the stock backbone derives rotary positions from `input_ids`.
         predictor_window: side of the vision encoder's attention windows in tokens, if it has any.
     """
@@ -56,7 +55,6 @@ class PruningModelMixin(GlimpseWeightsMixin):
     glimpse: Glimpse
     visual_inputs: dict[str, tuple[str, ...]] = {}
     visual_notes: dict[str, tuple[str, ...]] = {}
-    encoder_requests = OF_ENCODERS
     positions_from_ids = False
     predictor_window: int | None = None
 
@@ -120,6 +118,10 @@ class PruningModelMixin(GlimpseWeightsMixin):
         self.check_config()
         outputs = getattr(super(), f"get_{kind}_features")(**inputs, **AS_OUTPUT)
         return VisualFeatures(pooler_output=embeddings_of(outputs), **encoder_fields(outputs))
+
+    def asked_of_encoders(self, asked: dict) -> dict:
+        """What a call asks to see of layers, as far as the stock backbone hands it to encoders."""
+        return {name: value for name, value in asked.items() if value is not None}
 
     def get_image_features(self, **inputs):
         """The stock features; on transformers 5 with what the predictor needs beside them."""
@@ -302,12 +304,12 @@ class PruningModelMixin(GlimpseWeightsMixin):
             ValueError: when visuals come both as pixels and encoded.
         """
         encode = self.encode_visual if describes else self.encode_plainly
+        asked = self.asked_of_encoders({name: kwargs.get(name) for name in OF_ENCODERS})
         encoded, of_pixels = dict(encoded or {}), {}
         for kind, names in self.visual_inputs.items():
-            taken = (*names, *self.encoder_requests)
-            inputs = {name: kwargs[name] for name in taken if kwargs.get(name) is not None}
+            inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             if kwargs.pop(names[0], None) is not None:
-                of_pixels[kind] = encode(kind, **inputs)
+                of_pixels[kind] = encode(kind, **inputs, **asked)
         if encoded and of_pixels:
             raise ValueError("give mm_encoder_outputs or pixels, not both")
         return encoded or of_pixels

@@ -60,7 +60,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         tokens; with `logits_to_keep=1`, as in `generate`, nothing is laid out again.
         """
         cache = take_cache(kwargs, cache)
-        if prompt_length is None and kwargs.get("prune") is not False:
+        if prompt_length is None and kwargs.get("prune") is not False and self._visuals(kwargs):
             prompt_length = completion_start(labels, logits_to_keep, input_ids)
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         return super().forward(

@@ -14,7 +14,8 @@ class AlignedRows:
     """Moves rows so that their prompts end together.
 
     Args:
-        boundaries: `(batch,)` tokens of each row before its completion, padding counted.
+        boundaries: `(batch,)` tokens of each row before its completion, padding counted. What pads
+            a row without a completion on its right belongs to neither.
         length: tokens of the batch as it came.
         attention_mask: `(batch, length)`, or None for all ones.
 
@@ -32,6 +33,9 @@ class AlignedRows:
             )
         if boundaries.min() < 1 or boundaries.max() > length:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {boundaries.tolist()}")
+        if attention_mask is not None:
+            ends = length - attention_mask.flip(1).to(torch.uint8).argmax(1)
+            boundaries = boundaries.minimum(ends.to(boundaries))
         self.prompt_length = int(boundaries.max())
         self.shift = self.prompt_length - boundaries  # each row moves so far to the right
         width = length + int(self.shift.max())
@@ -58,23 +62,20 @@ class AlignedRows:
         return _gather(states, self.target)
 
 
-def first_labelled(labels: torch.Tensor) -> int | torch.Tensor | None:
+def first_labelled(labels: torch.Tensor) -> int | torch.Tensor:
     """Where completions begin, by the labels.
 
     Args:
         labels: `(batch, length)`, -100 where there is none.
 
     Returns:
-        One number for all rows, or `(batch,)` one each, or None where nothing is labelled. A row
-        without labels ends where the longest prompt does.
+        One number for all rows, or `(batch,)` one each; a row without labels is all prompt.
 
     Raises:
         ValueError: when a row is labelled from its first token on.
     """
     labelled = labels != IGNORED_LABEL
     has_any = labelled.any(dim=1)
-    if not has_any.any():
-        return None
     first = labelled.to(torch.uint8).argmax(dim=1)
     if (first[has_any] == 0).any():
         rows = ((first == 0) & has_any).nonzero()[:, 0].tolist()
@@ -82,8 +83,9 @@ def first_labelled(labels: torch.Tensor) -> int | torch.Tensor | None:
             f"labels begin at the first token of row(s) {rows}: label the answer only (-100 over "
             "the prompt), as its visual tokens are chosen by the prompt alone; or use prune=False"
         )
-    first = torch.where(has_any, first, first[has_any].max())
-    return int(first[0]) if bool((first == first[0]).all()) else first
+    if bool((has_any & (first == first[0])).all()):
+        return int(first[0])
+    return torch.where(has_any, first, labels.shape[1])
 
 
 def _gather(tokens: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

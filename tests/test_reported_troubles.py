@@ -143,10 +143,31 @@ def test_boundaries_that_cannot_be_are_refused(shared_models, rows, change, mess
         shared_models(5).pruned(**inputs)
 
 
+@pytest.mark.parametrize("unlabelled", [[0], [1], [2], [0, 2], [0, 1, 2]], ids=str)
+@torch.no_grad()
+def test_rows_without_labels_are_prompts(shared_models, rows, unlabelled):
+    """As where a collator cuts a long row before its answer."""
+    model, inputs = shared_models(5).pruned, pad_right(rows)
+    inputs["labels"][unlabelled] = -100
+    logits = model(**inputs, **SETTINGS).logits
+    for i, row in enumerate(rows):
+        if i in unlabelled:
+            row = {name: value for name, value in row.items() if name != "labels"}
+        real = inputs["attention_mask"][i].bool()
+        assert_near(logits[i, real], model(**row, **SETTINGS).logits[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_text_alone_may_be_labelled_from_its_first_token(build_models, training):
+    models, ids = build_models(5), torch.randint(1, 150, (2, 8))
+    stock, pruned = (model.train(training)(input_ids=ids, labels=ids).loss for model in models)
+    assert torch.equal(pruned, stock)
+
+
 def test_labels_tell_where_completions_begin():
     labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, -100, -100], [-100, -100, -100, -100]])
-    assert first_labelled(labels).tolist() == [2, 1, 2]
-    assert first_labelled(labels[:1]) == 2 and first_labelled(labels[2:]) is None
+    assert first_labelled(labels).tolist() == [2, 1, 4]
+    assert first_labelled(labels[:1]) == 2 and first_labelled(labels[2:]).tolist() == [4]
 
 
 def test_rows_are_moved_and_moved_back():
@@ -157,6 +178,12 @@ def test_rows_are_moved_and_moved_back():
     assert rows.attention_mask.tolist() == [[0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]]
     assert moved[0, 2:6].tolist() == [0, 1, 2, 3] and moved[1, :4].tolist() == [4, 5, 6, 7]
     assert torch.equal(rows.move_back(moved), tokens)
+
+
+def test_padding_behind_a_row_is_no_part_of_its_prompt():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    rows = AlignedRows(torch.tensor([4, 3]), 4, mask)
+    assert rows.prompt_length == 3 and rows.shift.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("backbone", [False, True])

@@ -14,7 +14,7 @@ from conftest import FAMILIES, TRANSFORMERS_5
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto
 
-from glimpseprune.loading import SAMPLE_PAGE, TINY_MODEL
+from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
 
 # Our names -> those of published bases, which a repository's key_mapping turns back.
 PUBLISHED_NAMES = {

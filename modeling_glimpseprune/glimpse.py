@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .decoder_layers import device_of
 from .glimpse_fields import BUILT_IN_FIELDS
 from .importance_predictor import RMSNorm, TokenGroup, VisualImportancePredictor
 from .low_rank import ATTENTION_MAPS, MLP_MAPS, STALE_MAPS, low_rank_additions
@@ -141,10 +142,18 @@ class Glimpse(nn.Module):
         masked = logits.float().masked_fill(~valid[:, None, :], float("-inf"))
         return masked.log_softmax(-1).to(logits.dtype)
 
+    def conditions(self, vision_features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `VisualImportancePredictor.conditions`, of features of any dtype and device."""
+        weight = self.predictor.output_projection.weight
+        features = [
+            layer.to(device_of(self.predictor, layer), weight.dtype) for layer in vision_features
+        ]
+        return self.predictor.conditions(features)
+
     def forward(
         self,
         attention: torch.Tensor,
-        vision_features: list[torch.Tensor],
+        conditions: list[torch.Tensor],
         coordinates: torch.Tensor,
         groups: list[TokenGroup],
     ) -> torch.Tensor:
@@ -154,5 +163,5 @@ class Glimpse(nn.Module):
         a quantised base, or over one in float16.
         """
         dtype = self.predictor.output_projection.weight.dtype
-        features = [layer.to(dtype) for layer in vision_features]
-        return self.predictor(attention.to(dtype), features, coordinates, groups)
+        conditions = [layer.to(attention.device, dtype) for layer in conditions]
+        return self.predictor(attention.to(dtype), conditions, coordinates, groups)

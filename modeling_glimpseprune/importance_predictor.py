@@ -124,7 +124,7 @@ class VisualImportancePredictor(nn.Module):
     def forward(
         self,
         attention: torch.Tensor,
-        vision_features: list[torch.Tensor],
+        conditions: list[torch.Tensor],
         coordinates: torch.Tensor,
         groups: list["TokenGroup"],
     ) -> torch.Tensor:
@@ -133,7 +133,7 @@ class VisualImportancePredictor(nn.Module):
         Args:
             attention: `(N, attention_layers * heads)`, the glimpse token's attention to each of the
                 N visual tokens, in prompt order.
-            vision_features: one `(N, vision_size)` tensor a predictor layer.
+            conditions: one `(N, condition_size)` tensor a predictor layer, see `conditions`.
             coordinates: `(N, 2)` integer row and column of each token in its image.
             groups: which tokens attend to one another; together they cover 0..N-1 in order.
 
@@ -143,11 +143,21 @@ class VisualImportancePredictor(nn.Module):
         hidden_states = self.attention_projection(attention)
         rotary = rotary_2d(coordinates, self.rotary_size, hidden_states.dtype)
         for index, layer in enumerate(self.layers):
-            condition = None
-            if self.condition_projections:
-                condition = self.condition_projections[index](vision_features[index])
+            condition = conditions[index] if self.condition_projections else None
             hidden_states = layer(hidden_states, condition, rotary, groups)
         return self.output_projection(hidden_states).squeeze(-1)
+
+    def conditions(self, vision_features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the layers look at beside the hidden states; it does not depend on the question.
+
+        Args:
+            vision_features: one `(N, vision_size)` tensor a layer.
+
+        Returns:
+            One `(N, condition_size)` tensor a layer; none where the predictor sees no vision.
+        """
+        of_layers = zip(self.condition_projections, vision_features, strict=False)
+        return [project(features) for project, features in of_layers]
 
 
 class TokenGroup:

@@ -52,10 +52,10 @@ class LookAhead:
             _check_looks(block, request)
         visual, text = _split(block, request.tokens)
         rotary = plain_rotary(run.decoder.config, rotary)
-        self.stale = visual.of(block.hidden_states)
+        self.stale = block.states_at(visual.columns)
         self.stale_rotary = tuple(visual.of(part) for part in rotary)
         self.slots = block.past_slots + visual.slots_of(request.tokens)
-        states, text_rotary = text.of(block.hidden_states), tuple(text.of(part) for part in rotary)
+        states, text_rotary = block.states_at(text.columns), tuple(text.of(part) for part in rotary)
         count = 0 if beside is None else beside.num_glimpse
         if beside is not None:
             states = torch.cat([states, beside.states.to(states)], dim=1)

@@ -20,16 +20,23 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .fingerprints import pixels_hash  # noqa: F401
+from .given_visuals import GivenVisual  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_fields import FIELDS  # noqa: F401
+from .glimpse_prefix import PrefixOrigin  # noqa: F401
 from .glimpse_record import VisualRecord  # noqa: F401
 from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
+from .held_prompt import prune_layer_over  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
+from .looking import LookingMixin  # noqa: F401
 from .low_rank import ATTENTION_MAPS  # noqa: F401
 from .prefill import UNTRAINED  # noqa: F401
+from .prefix_file import write_parts  # noqa: F401
+from .prompt_layout import padded_left  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import slot_mask  # noqa: F401
 from .pruned_forward import PrunedForwardMixin
@@ -39,8 +46,10 @@ from .pruning_generation import PruningGenerationMixin
 from .row_boundaries import AlignedRows  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401
+from .shared_layer import shared_cache  # noqa: F401
 from .stock import clip_transformer
 from .token_block import TokenBlock  # noqa: F401
+from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import VisualFeatures, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401
 

@@ -15,17 +15,24 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .fingerprints import SAMPLES  # noqa: F401
+from .given_visuals import GivenVisualsMixin  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
 from .glimpse_fields import FIELDS  # noqa: F401
+from .glimpse_prefix import check_made_by  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
+from .held_prompt import HeldPrompt  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import new_visuals  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
+from .looking import LookingMixin  # noqa: F401
 from .low_rank import LowRankAddition  # noqa: F401
 from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
 from .prefill import UNTRAINED  # noqa: F401
+from .prefix_file import FORMAT  # noqa: F401
+from .prompt_layout import padded_left  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin  # noqa: F401
@@ -35,8 +42,10 @@ from .pruning_generation import ENCODED  # noqa: F401
 from .row_boundaries import first_labelled  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
+from .shared_layer import SharedLayer  # noqa: F401
 from .stock import given_cache  # noqa: F401
 from .token_block import TokenBlock  # noqa: F401
+from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import ImageView, VisualFeatures, token_geometry
 from .visual_tokens import VisualTokens  # noqa: F401
 

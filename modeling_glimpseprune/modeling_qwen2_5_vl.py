@@ -19,16 +19,23 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .fingerprints import fingerprint  # noqa: F401
+from .given_visuals import GivenVisualsMixin  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_fields import FIELDS  # noqa: F401
+from .glimpse_prefix import GlimpsePrefix  # noqa: F401
 from .glimpse_record import GlimpseRecord  # noqa: F401
 from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
+from .held_prompt import HeldPrompt  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import first_positions, follows_turn, note_turn, past_length
 from .layer_outputs import spread  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
+from .looking import LookingMixin  # noqa: F401
 from .low_rank import low_rank_additions  # noqa: F401
 from .prefill import UNTRAINED  # noqa: F401
+from .prefix_file import read_parts  # noqa: F401
+from .prompt_layout import behind_prefix  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import pruned_layer
 from .pruned_forward import PrunedForwardMixin
@@ -38,8 +45,10 @@ from .pruning_generation import PruningGenerationMixin
 from .row_boundaries import IGNORED_LABEL  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
+from .shared_layer import SharedLayer  # noqa: F401
 from .stock import cache_of, token_types
 from .token_block import TokenBlock  # noqa: F401
+from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import VisualFeatures, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401
 

@@ -5,6 +5,7 @@ import torch
 from .decoder_layers import Rotary, query_logits, run_attention, run_layer, run_mlp
 from .decoder_run import DecoderRun
 from .glimpse_record import GlimpseRecord, refuse_nan
+from .held_prompt import HeldPrompt
 from .look_ahead import LookAhead
 from .prune_request import PruneRequest
 from .runners import Runners
@@ -16,6 +17,8 @@ UNTRAINED = (
     "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens to "
     "prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use prune=False"
 )
+
+SCORED_AT_ONCE = 2**14  # visual tokens, what bounds the predictor's memory in a batch
 
 
 class Prefill:
@@ -42,9 +45,13 @@ class Prefill:
     def run(self) -> torch.Tensor:
         """Hidden states `(batch, length, hidden)` after the final norm, glimpse tokens removed.
 
-        With `only_glimpse` those after layer P's attention, glimpse tokens included.
+        With `only_glimpse` or `hold` those after layer P's attention, glimpse tokens included.
         """
         self.look()
+        if self.request.hold:
+            return self.hold()
+        if self.request.held is not None:
+            self.block.join(self.request.held)
         if self.request.looks_ahead:
             self.look_ahead()
         keep = self.choose()
@@ -72,8 +79,32 @@ class Prefill:
                 keys = self._keys(index)
                 self._read(index, query_logits(layer, query_states, keys, query_rotary))
 
+    def hold(self) -> torch.Tensor:
+        """Put the tokens on the cache, to wait there for what comes behind them."""
+        request, block, cache = self.request, self.block, self.decoder_run.cache
+        states, own = block.hidden_states, block.length
+        if request.held is not None:
+            states = request.held.with_states(states)
+            block.join(request.held)
+        block.order = torch.arange(block.length, device=states.device).expand(len(states), -1)
+        last_visual = int(request.tokens.columns.max())
+        block.fixed_slots = block.past_slots + 1 + last_visual
+        self._finish()
+        cache.held = HeldPrompt(
+            states,
+            block.position_ids,
+            torch.arange(len(states)),
+            request.tokens,
+            request.tokens.item_rows.tolist(),
+            request.prune_layer,
+        )
+        return states[:, -own:]
+
     def look_ahead(self) -> None:
         """Let text and glimpse run on to layer K over the visual tokens as they stand."""
+        if self.block.held is not None:
+            positions = self.block.position_ids
+            self.rotary = self.decoder_run.decoder.rotary_emb(self.block.hidden_states, positions)
         ahead = LookAhead(self.decoder_run, self.block, self.rotary, self.request, self.beside)
         for index in range(self.request.prune_layer + 1, self.request.glimpse_layer + 1):
             read = ahead.step(index)
@@ -91,12 +122,7 @@ class Prefill:
             attention = torch.cat(
                 [self.attention[index] for index in request.glimpse.attention_layers], dim=-1
             )
-            importance = request.glimpse(
-                attention,
-                [layer.to(attention) for layer in tokens.features],
-                tokens.geometry[:, 1:3],
-                tokens.groups(request.predictor_window),
-            ).to(attention.device)
+            importance = self._score(attention)
             keep = self._select(importance.detach())
         self.decoder_run.cache.glimpse = GlimpseRecord(
             importance,
@@ -149,6 +175,21 @@ class Prefill:
                 return hidden_states
         return block.as_seen(hidden_states)
 
+    def _score(self, attention: torch.Tensor) -> torch.Tensor:
+        """Importance `(N,)` from attention `(N, columns)`; of many tokens some items at a time."""
+        request, tokens = self.request, self.request.tokens
+        parts = [tokens]
+        if tokens.total > SCORED_AT_ONCE and not torch.is_grad_enabled():
+            parts = tokens.parts(SCORED_AT_ONCE)
+        sizes_seen, scores = 0, []
+        for part in parts:
+            of_part = attention[sizes_seen : sizes_seen + part.total]
+            conditions = [part.of_each(layer) for layer in part.features]
+            groups = part.groups(request.predictor_window)
+            scores.append(request.glimpse(of_part, conditions, part.geometry[:, 1:3], groups))
+            sizes_seen += part.total
+        return torch.cat(scores).to(attention.device)
+
     @property
     def _query(self) -> slice:
         """The row of the block that looks: the last glimpse token, or the last prompt token."""
@@ -166,7 +207,7 @@ class Prefill:
         """
         beside, request = self.beside, self.request
         layer, held = self.decoder_run.layers[index], self.decoder_run.cache.layers[index]
-        slots = self.block.past_slots + self.block.prompt_length
+        slots = self.block.prompt_start + self.block.prompt_length
         keys, values = held.keys[:, :, :slots], held.values[:, :, :slots]
         beside.add_vectors(index)
         if index in request.glimpse.attention_layers:

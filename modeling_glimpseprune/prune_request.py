@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .glimpse import Glimpse
+from .held_prompt import HeldPrompt
 from .visual_tokens import VisualTokens
 
 
@@ -30,6 +31,8 @@ class PruneRequest:
             completion sees it: the forward of stage 1.
         only_glimpse: stop after the choice.
         compact_output: return the hidden states of kept tokens only, packed to the right.
+        held: what a prefix holds of the prompt, whose visual tokens are among `tokens`.
+        hold: stop after layer P's attention and let the cache hold the prompt (see `HeldPrompt`).
     """
 
     glimpse: Glimpse
@@ -47,13 +50,18 @@ class PruneRequest:
     in_place: bool = False
     only_glimpse: bool = False
     compact_output: bool = False
+    held: HeldPrompt | None = None
+    hold: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no prefill can do.
 
         Raises:
-            ValueError: when the completion should see a glimpse that is not in the sequence.
+            ValueError: when the completion should see a glimpse that is not in the sequence, or
+                tokens that only wait for theirs.
         """
+        if self.in_place and self.held is not None:
+            raise ValueError("in_place cannot be combined with a prefix: give the whole prompt")
         if self.in_place and self.runs_beside:
             raise ValueError(
                 "in_place needs the glimpse token in the sequence, so prune_layer must be "
@@ -64,7 +72,8 @@ class PruneRequest:
     @property
     def takes_glimpse(self) -> bool:
         """Whether the glimpse decides, and not the caller."""
-        return self.visual_keep_mask is None and self.visual_log_keep is None
+        given = self.visual_keep_mask is not None or self.visual_log_keep is not None
+        return not given and not self.hold
 
     @property
     def looks_ahead(self) -> bool:

@@ -12,6 +12,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .stock import QUANTIZED_LAYER, number_of_tokens
 
+# What a layer knows of its prompt: in all, and for each row.
+MARKS = ("dropped", "prompt_slots", "fixed_slots")
+ROW_MARKS = ("prompt_mask", "prompt_columns", "position_delta")
+
 
 class PrunedLayer(DynamicLayer):
     """A `DynamicLayer` from which prompt tokens were dropped.
@@ -101,8 +105,25 @@ class PrunedLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._map_rows(lambda rows: rows[indices, ...])
 
+    def fork(self, rows: torch.Tensor) -> "PrunedLayer":
+        """A layer without keys and values in another batch, each row of which is one of these."""
+        forked = PrunedLayer()
+        forked.take_marks(self, rows)
+        return forked
+
+    def take_marks(self, layer: "PrunedLayer", rows: torch.Tensor | None = None) -> None:
+        """Know of the prompt what another layer knows.
+
+        Args:
+            rows: `(batch,)` of the other layer, or None for all.
+        """
+        for name in (*MARKS, *ROW_MARKS):
+            setattr(self, name, getattr(layer, name))
+        if rows is not None:
+            self._map_rows(lambda marks: marks[rows.to(marks.device)])
+
     def _map_rows(self, function) -> None:
-        for name in ("prompt_mask", "prompt_columns", "position_delta"):
+        for name in ROW_MARKS:
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, function(rows))

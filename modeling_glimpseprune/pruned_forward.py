@@ -35,12 +35,14 @@ class _Call:
         attention_mask: `(batch, past and length)`, or None.
         position_ids: `(..., batch, length)`, the family's rotary positions.
         prompt_length: tokens of the prompt.
+        held_length: tokens in front of them that a prefix holds, which are part of the prompt.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor
     prompt_length: int
+    held_length: int = 0
 
     @property
     def length(self) -> int:
@@ -78,8 +80,8 @@ class _Call:
             past_slots,
             past.dropped,
             slot_columns(past, past_slots, states.device),
-            prompt_start=past_slots - part.start,
-            prompt_length=self.prompt_length,
+            prompt_start=past_slots - part.start - self.held_length,
+            prompt_length=self.held_length + self.prompt_length,
             glimpse_slice=slice(end, end),
             next_position=self.next_position,
         )
@@ -123,7 +125,7 @@ class PrunedForwardMixin:
             if isinstance(prune_request.prompt_length, torch.Tensor):
                 return self._run_aligned(run, call, prune_request, asked)
             last_hidden_state = self._run_pruned(run, call, prune_request)
-            finished = not prune_request.only_glimpse
+            finished = not (prune_request.only_glimpse or prune_request.hold)
             return outputs_with_cache(
                 last_hidden_state,
                 cache if use_cache and prune_request.visual_log_keep is None else None,
@@ -203,12 +205,14 @@ class PrunedForwardMixin:
         positions = self.rotary_position_ids(position_ids, inputs_embeds, cache.get_seq_length())
         length = inputs_embeds.shape[1]
         prompt_length = length if request.prompt_length is None else request.prompt_length
+        held_length = 0 if request.held is None else request.held.length
         if isinstance(prompt_length, torch.Tensor):
             return _Call(inputs_embeds, attention_mask, positions, length)
         if not 0 < prompt_length <= length:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
-        _check_visuals_in_prompt(request.tokens, prompt_length, length)
-        return _Call(inputs_embeds, attention_mask, positions, prompt_length)
+        ends = (held_length + end for end in (prompt_length, length))
+        _check_visuals_in_prompt(request.tokens, *ends)
+        return _Call(inputs_embeds, attention_mask, positions, prompt_length, held_length)
 
     def _run_aligned(
         self, run: DecoderRun, call: _Call, request: PruneRequest, asked: bool | int | list[int]

@@ -8,7 +8,7 @@ from functools import wraps
 import torch
 
 CALL_SETTINGS = ("prune_threshold", "max_keep_ratio", "min_keep_tokens", "prune_layer")
-HIDDEN = ("only_glimpse", "compact_output", "visual_log_keep")  # not for `generate`
+HIDDEN = ("only_glimpse", "compact_output", "visual_log_keep", "hold")  # not for `generate`
 
 
 @dataclass
@@ -36,6 +36,8 @@ class PruningArguments:
         only_glimpse: for backbones: stop after layer K; the record is on the returned cache.
         compact_output: for backbones: return kept tokens only, packed to the right, instead of the
             logical layout with zeros at dropped tokens.
+        hold: for backbones: stop after layer P's attention and let the returned cache hold the
+            prompt, as `look` asks.
     """
 
     prune: bool | None = None
@@ -49,6 +51,7 @@ class PruningArguments:
     in_place: bool = False
     only_glimpse: bool = False
     compact_output: bool = False
+    hold: bool = False
 
     @classmethod
     def take_from(cls, arguments: dict) -> "PruningArguments":

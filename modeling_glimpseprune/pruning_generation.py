@@ -1,5 +1,6 @@
 """The model users hold: `generate` that prunes, and `glimpse`."""
 
+import inspect
 from functools import wraps
 
 import torch
@@ -9,9 +10,11 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from .glimpse import Glimpse
+from .glimpse_prefix import GlimpsePrefix
 from .glimpse_record import GlimpseRecord, refuse_nan
 from .glimpse_weights import GlimpseWeightsMixin
 from .later_turns import past_length
+from .looking import LookingMixin
 from .prefill import UNTRAINED
 from .pruned_cache import pruned_layer
 from .pruning_arguments import validate_keep_mask
@@ -22,7 +25,7 @@ from .visual_features import VisualFeatures
 ENCODED = "mm_encoder_outputs"
 
 
-class PruningGenerationMixin(GlimpseWeightsMixin):
+class PruningGenerationMixin(LookingMixin, GlimpseWeightsMixin):
     """The model users hold: `generate` that prunes, and `glimpse`.
 
     A family puts it in front of the stock class, names the backbone, and shows the arguments of
@@ -60,7 +63,7 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         tokens; with `logits_to_keep=1`, as in `generate`, nothing is laid out again.
         """
         cache = take_cache(kwargs, cache)
-        if prompt_length is None and kwargs.get("prune") is not False and self._visuals(kwargs):
+        if prompt_length is None and self._prunes(kwargs, cache):
             prompt_length = completion_start(labels, logits_to_keep, input_ids)
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         return super().forward(
@@ -76,9 +79,29 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         """The stock method with the arguments of `PruningArguments`."""
-        if (cache := take_cache(kwargs)) is not None:
+        cache = take_cache(kwargs)
+        if isinstance(cache, GlimpsePrefix):
+            args, kwargs = (), self._over_prefix(cache, *args, **kwargs)
+        if cache is not None:
             kwargs |= given_cache(cache)
         return super().generate(*args, **kwargs)
+
+    def _over_prefix(self, prefix: GlimpsePrefix, inputs=None, *args, **kwargs) -> dict:
+        """Arguments of `generate` with whole prompts laid out over a prefix."""
+        names = [*inspect.signature(GenerationMixin.generate).parameters][2:]
+        kwargs |= dict(zip(names, args, strict=False))
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        given = kwargs.get("input_ids")
+        kwargs = self.over_prefix(prefix, kwargs)
+        if kwargs["input_ids"].shape != given.shape:
+            raise ValueError(
+                "prompts over a prefix are padded between it and what is behind it, which makes "
+                f"these {kwargs['input_ids'].shape[1]} tokens long instead of {given.shape[1]}: "
+                "give processor(text=..., prefix=prefix), or prefix.prompts(input_ids, "
+                "attention_mask)"
+            )
+        return kwargs
 
     @torch.no_grad()
     def glimpse(self: PreTrainedModel, **inputs) -> GlimpseRecord:
@@ -97,6 +120,10 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         if inputs.get("visual_keep_mask") is None and not self.model.glimpse.trained:
             raise ValueError(UNTRAINED)
         asked = {"only_glimpse": True, "use_cache": True, "return_dict": True}
+        if isinstance(cache := take_cache(inputs), GlimpsePrefix):
+            inputs = self.behind_prefix(cache, inputs)
+        elif cache is not None:
+            inputs |= given_cache(cache)
         outputs = self.model(**inputs, prune=True, **asked)
         cache = cache_of(outputs)
         if not hasattr(cache, "glimpse"):
@@ -151,6 +178,12 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         return model_inputs | {name: kwargs.get(name) for name in brought}
 
+    def _prunes(self, inputs: dict, cache: Cache | None) -> bool:
+        """Whether a call goes through a pruned prefill; over a prefix all do."""
+        if isinstance(cache, GlimpsePrefix):
+            return True
+        return inputs.get("prune") is not False and self._visuals(inputs)
+
     def _visuals(self, inputs: dict) -> bool:
         """Whether a call brings images or videos."""
         names = [names[0] for names in self.model.visual_inputs.values()]
@@ -163,7 +196,12 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         A prefill in chunks cannot know what the question at its end needs; a static cache has no
         room that pruning could free.
         """
-        prunes = self._visuals(model_kwargs) and model_kwargs.get("prune") is not False
+        cache = model_kwargs.get(CACHE_NAME)
+        prunes = self._prunes(model_kwargs, cache)
+        if isinstance(cache, GlimpsePrefix) and not generation_config.use_cache:
+            raise ValueError(
+                "use_cache=False cannot be combined with a prefix, which is a cache: leave one out"
+            )
         if prunes and generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size cannot be combined with pruning: use prune=False")
         if prunes and generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
@@ -211,6 +249,10 @@ class PruningGenerationMixin(GlimpseWeightsMixin):
         repeated = {}
         if (keep_mask := inputs.get("visual_keep_mask")) is not None:
             counts = self.model.visual_counts(new_ids, **inputs)
+            cache = inputs.get(CACHE_NAME)
+            if isinstance(cache, GlimpsePrefix):
+                held = cache.visual_counts(len(new_ids))
+                counts = [sum(both) for both in zip(held, counts, strict=True)]
             validate_keep_mask(keep_mask, sum(counts))
             rows = [row.repeat(repeats) for row in keep_mask.split(counts)]
             repeated["visual_keep_mask"] = torch.cat(rows)

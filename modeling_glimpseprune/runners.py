@@ -46,7 +46,7 @@ class Runners:
         batch, count = len(block.hidden_states), len(vectors)
         states = vectors.expand(batch, -1, -1)
         rotary = decoder.rotary_emb(states, block.following_positions(count))
-        slots = block.past_slots + block.prompt_length
+        slots = block.prompt_start + block.prompt_length
         held = states.new_ones(batch, slots, dtype=torch.bool)
         if block.mask is not None:
             held = block.mask[:, :slots]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from .held_prompt import HeldPrompt
 from .layer_outputs import spread
 from .visual_tokens import VisualTokens
 
@@ -32,6 +33,9 @@ class TokenBlock:
         order: `(batch, slots)` prompt position of each slot, once the prompt is compact.
         fixed_slots: slots up to the last visual token, once the prompt is compact.
         log_keep: `(batch, past slots + tokens)`, what a soft mask adds to the scores of each key.
+        held: what waits in front of the block's own tokens, once they are joined; `hidden_states`
+            hold the own ones alone until the prompt is compact.
+        unseen: tokens at the beginning that the caller does not see, those of a prefix.
     """
 
     hidden_states: torch.Tensor
@@ -48,6 +52,8 @@ class TokenBlock:
     order: torch.Tensor | None = None
     fixed_slots: int = 0
     log_keep: torch.Tensor | None = None
+    held: HeldPrompt | None = None
+    unseen: int = 0
 
     @property
     def has_glimpse(self) -> bool:
@@ -58,7 +64,7 @@ class TokenBlock:
     def valid(self) -> torch.Tensor:
         """`(batch, tokens)` bool, True at the block's real tokens."""
         if self.mask is None:
-            return self.hidden_states.new_ones(self.hidden_states.shape[:2], dtype=torch.bool)
+            return self.hidden_states.new_ones(self.position_ids.shape[-2:], dtype=torch.bool)
         return self.mask[:, self.past_slots :]
 
     def insert_glimpse(self, vectors: torch.Tensor, place: int) -> None:
@@ -83,6 +89,23 @@ class TokenBlock:
         positions = self.next_position[:, None] + steps
         return positions.expand(*self.position_ids.shape[:-1], -1)
 
+    def join(self, held: HeldPrompt) -> None:
+        """Put what a prefix holds in front of these tokens: from here on they are one prompt."""
+        self.held, self.unseen = held, held.length
+        self.past_slots = self.prompt_start
+        self.past_columns = self.past_columns[:, : self.past_slots]
+        self.position_ids = held.with_positions(self.position_ids)
+        self.length += held.length
+        places = (self.glimpse_slice.start, self.glimpse_slice.stop)
+        self.glimpse_slice = slice(*(place + held.length for place in places))
+
+    def states_at(self, columns: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(batch, tokens, hidden)` at some columns `(batch, tokens)`."""
+        states = self.hidden_states
+        if self.held is not None:
+            return self.held.states_at(columns, states)
+        return states.take_along_dim(columns.to(states.device)[..., None], dim=1)
+
     def take(self, order: torch.Tensor, real: torch.Tensor | None) -> None:
         """Keep some of the block's tokens.
 
@@ -90,8 +113,8 @@ class TokenBlock:
             order: `(batch, slots)` token of each slot.
             real: `(batch, slots)` bool, False at slots that only pad, or None when none does.
         """
-        states, positions = self.hidden_states, self.position_ids
-        self.hidden_states = states.take_along_dim(order.to(states.device)[..., None], dim=1)
+        positions = self.position_ids
+        self.hidden_states, self.held = self.states_at(order), None
         self.position_ids = positions.take_along_dim(
             order.expand(*positions.shape[:-1], -1), dim=-1
         )
@@ -110,7 +133,7 @@ class TokenBlock:
         So gradients reach what the caller was given.
         """
         seen = self.as_seen(self.hidden_states)
-        if seen is self.hidden_states:
+        if seen is self.hidden_states or self.unseen:
             return seen
         if self.order is not None:
             index = self.order.to(seen.device)[..., None]
@@ -126,6 +149,10 @@ class TokenBlock:
 
         Glimpse tokens go, and dropped tokens are zeros.
         """
+        seen = self._laid_out(states, dim)
+        return seen.narrow(dim, self.unseen, seen.shape[dim] - self.unseen) if self.unseen else seen
+
+    def _laid_out(self, states: torch.Tensor, dim: int) -> torch.Tensor:
         if self.order is None and not self.has_glimpse:
             return states
         if self.order is None:
@@ -144,7 +171,7 @@ class TokenBlock:
         past, own = weights.tensor_split([self.past_slots], dim=3)
         length = self.past_slots + self.past_dropped
         past = spread(past, self.past_columns.expand(len(past), -1), length, dim=3)
-        return self.as_seen(torch.cat([past, self.as_seen(own, dim=3)], dim=3), dim=2)
+        return self.as_seen(torch.cat([past, self._laid_out(own, dim=3)], dim=3), dim=2)
 
     def soften(self, visual_log_keep: torch.Tensor, tokens: VisualTokens) -> None:
         """Weigh the keys of a prompt of which every token stayed, from here on.

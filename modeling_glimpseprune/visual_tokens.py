@@ -1,5 +1,6 @@
 """Where a prompt's visual tokens are, and what the vision encoder knows of each."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -15,12 +16,15 @@ class VisualTokens:
 
     Attributes:
         rows, columns: `(N,)` where each token stands in the `(batch, length)` prompt.
-        features: one `(N, width)` tensor a tapped vision layer.
+        features: one tensor a tapped vision layer, `(N, width)`, or fewer rows with an index; what
+            the vision encoder's layers returned, or the conditions that the predictor makes of it.
         geometry: `(N, 6)`, see `token_geometry`.
         kinds: `"image"`, `"video"` or the name of a view, one an item.
         sizes: tokens of each item; a view may have none.
         item_rows: `(items,)` row of the batch of each.
         grids: `(items, 3)` frames, height and width of each, in tokens.
+        feature_index: `(N,)` which of the features each token has, or None for one each. So rows
+            that ask about one image share its features.
     """
 
     rows: torch.Tensor
@@ -31,6 +35,7 @@ class VisualTokens:
     sizes: list[int]
     item_rows: torch.Tensor
     grids: torch.Tensor
+    feature_index: torch.Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -39,6 +44,94 @@ class VisualTokens:
     def moved_by(self, shift: torch.Tensor) -> "VisualTokens":
         """The same tokens in rows that were moved to the right, each by `(batch,)` columns."""
         return replace(self, columns=self.columns + shift.to(self.columns.device)[self.rows])
+
+    def select_rows(self, rows: Sequence[int], item_rows: Sequence[int]) -> "VisualTokens":
+        """The tokens of another batch, each row of which is one of these.
+
+        Args:
+            rows: of these tokens, for each row of the other batch.
+            item_rows: `item_rows` on the host.
+        """
+        ends = list(accumulate(self.sizes))
+        spans = [torch.arange(end - size, end) for size, end in zip(self.sizes, ends, strict=True)]
+        chosen = [
+            (place, item)
+            for place, row in enumerate(rows)
+            for item, of_item in enumerate(item_rows)
+            if of_item == row
+        ]
+        device, items = self.rows.device, [item for _, item in chosen]
+        sizes = [self.sizes[item] for item in items]
+        index = torch.cat([spans[item] for item in items]).to(device)
+        new_rows = torch.tensor([place for place, _ in chosen])
+        return self._picked(index, items)._in_rows(new_rows.to(device), sizes)
+
+    def followed_by(self, own: "VisualTokens", sort: bool) -> "VisualTokens":
+        """These tokens and others of the same rows behind them.
+
+        Args:
+            sort: whether there are several rows, whose tokens have to be brought together.
+        """
+        count = len(self.features[0]) if self.features else 0
+        index = torch.arange(own.total, device=own.rows.device) + count
+        mine = self.feature_index
+        if mine is None:
+            mine = torch.arange(self.total, device=self.rows.device)
+        both = VisualTokens(
+            *(_cat(getattr(self, name), getattr(own, name)) for name in ("rows", "columns")),
+            [_cat(*layers) for layers in zip(self.features, own.features, strict=True)],
+            _cat(self.geometry, own.geometry),
+            self.kinds + own.kinds,
+            self.sizes + own.sizes,
+            _cat(self.item_rows, own.item_rows),
+            _cat(self.grids, own.grids),
+            _cat(mine, index),
+        )
+        if not sort:
+            return both
+        item_rows = both.item_rows.tolist()
+        items = sorted(range(len(item_rows)), key=item_rows.__getitem__)
+        return both._picked(both.rows.argsort(stable=True), items)
+
+    def parts(self, limit: int) -> Iterator["VisualTokens"]:
+        """The tokens in order, a few whole items at a time.
+
+        Args:
+            limit: tokens of a part, unless a single item has more.
+        """
+        first, start, count = 0, 0, 0
+        for item, size in enumerate([*self.sizes, limit]):
+            if count and count + size > limit:
+                index = torch.arange(start, start + count, device=self.rows.device)
+                yield self._picked(index, list(range(first, item)))
+                first, start, count = item, start + count, 0
+            count += size
+
+    def of_each(self, layer: torch.Tensor) -> torch.Tensor:
+        """One of the features, `(N, width)`."""
+        if self.feature_index is None:
+            return layer
+        return layer[self.feature_index.to(layer.device)]
+
+    def _picked(self, index: torch.Tensor, items: list[int]) -> "VisualTokens":
+        """Some of the tokens, and the items they are of."""
+        places = torch.tensor(items, device=self.item_rows.device)
+        return replace(
+            self,
+            rows=self.rows[index],
+            columns=self.columns[index],
+            geometry=self.geometry[index],
+            kinds=[self.kinds[item] for item in items],
+            sizes=[self.sizes[item] for item in items],
+            item_rows=self.item_rows[places],
+            grids=self.grids[places.to(self.grids.device)],
+            feature_index=index if self.feature_index is None else self.feature_index[index],
+        )
+
+    def _in_rows(self, item_rows: torch.Tensor, sizes: list[int]) -> "VisualTokens":
+        repeats = torch.tensor(sizes, device=item_rows.device)
+        rows = item_rows.repeat_interleave(repeats, output_size=sum(sizes))
+        return replace(self, rows=rows, item_rows=item_rows)
 
     def groups(self, window: int | None) -> list[TokenGroup]:
         """Which tokens attend to one another in the predictor: each frame by itself.
@@ -106,6 +199,10 @@ def collect_visual_tokens(
         item_rows=torch.stack([image.placeholders[0] // length for image, _ in views]),
         grids=torch.stack([view.grid for _, view in views]).to(device),
     )
+
+
+def _cat(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.cat([first, second.to(first.device)])
 
 
 @dataclass

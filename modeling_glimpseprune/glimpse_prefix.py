@@ -1,0 +1,282 @@
+"""A prefix: the beginning of a prompt, looked at once, for as many questions as come."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .fingerprints import fingerprint
+from .held_prompt import HeldPrompt
+from .prefix_file import write_parts
+from .prompt_layout import behind_prefix
+from .pruned_cache import MARKS, ROW_MARKS, PrunedLayer
+from .shared_layer import SharedLayer, shared_cache
+from .visual_tokens import VisualTokens
+
+HELD_TENSORS = ("states", "position_ids", "rows")
+TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index")
+
+
+@dataclass
+class PrefixOrigin:
+    """What a prefix was made of, which prompts that begin with it are held against.
+
+    Attributes:
+        input_ids: `(held rows, length)` on the host.
+        attention_mask: `(held rows, length)` bool on the host.
+        pixels: for each held row the hash of each visual, by the column of its first placeholder.
+        made_by: the fingerprint of the model.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    pixels: list[dict[int, str]]
+    made_by: str
+
+    def select_rows(self, rows: list[int]) -> "PrefixOrigin":
+        """The origin of some of the rows."""
+        pixels = [self.pixels[row] for row in rows]
+        return PrefixOrigin(self.input_ids[rows], self.attention_mask[rows], pixels, self.made_by)
+
+
+class GlimpsePrefix(DynamicCache):
+    """What `look` returns and `generate`, `forward` and `glimpse` take as their cache.
+
+    It is never written to: each call goes on with a fork, which shares what is held here. So one
+    prefix serves any number of questions, threads included.
+
+    Attributes:
+        layers: keys and values, unpruned in layers 0..P; those above hold earlier turns, if any.
+        held: states of the tokens after layer P's attention, and their visual tokens.
+        origin: what it was made of.
+    """
+
+    def __init__(self, layers: Sequence[PrunedLayer], held: HeldPrompt, origin: PrefixOrigin):
+        super().__init__()
+        self.layers = list(layers)
+        self.held, self.origin = held, origin
+
+    @classmethod
+    def of_cache(cls, cache: DynamicCache, origin: PrefixOrigin) -> "GlimpsePrefix":
+        """The prefix of a cache whose prompt waits."""
+        return cls(shared_cache(cache).layers, cache.held, origin)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that a batch over this prefix has, or a multiple of it."""
+        return len(self.held.rows)
+
+    @property
+    def settled_length(self) -> int:
+        """Tokens in front of those held, of earlier turns whose visual tokens were chosen."""
+        return self.get_seq_length() - self.held.length
+
+    @property
+    def prune_layer(self) -> int:
+        """P, the last layer that ran."""
+        return self.held.prune_layer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        parts = [self.held.states, *self.held.tokens.features]
+        parts += [part for layer in self.layers for part in getattr(layer, "held", ())]
+        return sum(part.nbytes for part in parts)
+
+    def fork(self, batch: int) -> tuple[DynamicCache, HeldPrompt]:
+        """A cache to write to, and the held prompt, for a batch whose rows begin with this prefix.
+
+        Args:
+            batch: its rows, a multiple of this prefix's; each row here begins as many in turn.
+
+        Raises:
+            ValueError: for another number of rows.
+        """
+        rows = self.rows_of(batch)
+        cache = DynamicCache()
+        cache.layers = [layer.fork(rows) for layer in self.layers]
+        return cache, self.held.select_rows(rows)
+
+    def rows_of(self, batch: int) -> torch.Tensor:
+        """`(batch,)` row of this prefix that each row of a batch begins with.
+
+        Raises:
+            ValueError: for a number of rows that is no multiple of this prefix's.
+        """
+        if batch % self.batch_size:
+            raise ValueError(
+                f"a prefix of {self.batch_size} rows begins batches of a multiple of "
+                f"{self.batch_size} rows, got {batch}: prefix.select_rows([...]) arranges its rows"
+            )
+        return torch.arange(self.batch_size).repeat_interleave(batch // self.batch_size)
+
+    def visual_counts(self, batch: int) -> list[int]:
+        """Visual tokens held of each row of a batch over this prefix."""
+        tokens = self.held.tokens
+        counts = [0] * len(self.held.states)
+        for row, size in zip(self.held.item_rows, tokens.sizes, strict=True):
+            counts[row] += size
+        return [counts[row] for row in self.held.rows[self.rows_of(batch)].tolist()]
+
+    def begun(self, batch: int) -> PrefixOrigin:
+        """What each row of a batch over this prefix begins with."""
+        return self.origin.select_rows(self.held.rows[self.rows_of(batch)].tolist())
+
+    def prompts(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Whole prompts as a batch over this prefix, padded between it and what is behind it.
+
+        Args:
+            input_ids: `(batch, length)`, padded on the left.
+            attention_mask: `(batch, length)`, or None for all ones.
+
+        Returns:
+            `input_ids` and `attention_mask`, `(batch, prefix + longest rest)`.
+
+        Raises:
+            ValueError: when a prompt does not begin with the prefix, or is nothing else.
+        """
+        begun = self.begun(len(input_ids))
+        return behind_prefix(begun.input_ids, begun.attention_mask, input_ids, attention_mask)
+
+    def to(self, device: torch.device | str) -> "GlimpsePrefix":
+        """This prefix with its tensors on a device. It works over any, moving what it needs."""
+        tensors, notes = self.parts()
+        return self.of_parts({name: each.to(device) for name, each in tensors.items()}, notes)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write this prefix to a safetensors file, which the model's `load_prefix` reads."""
+        write_parts(path, *self.parts())
+
+    def parts(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """What this prefix holds, as named tensors and notes that JSON can hold."""
+        first, held, tokens = self.layers[0], self.held, self.held.tokens
+        tensors = {name: getattr(first, name) for name in ROW_MARKS}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SharedLayer):
+                tensors |= dict(zip(_names_of_layer(index), layer.held, strict=True))
+        tensors |= {name: getattr(held, name) for name in HELD_TENSORS}
+        tensors |= {f"tokens.{name}": getattr(tokens, name) for name in TOKEN_TENSORS}
+        tensors |= {f"features.{index}": each for index, each in enumerate(tokens.features)}
+        tensors |= {"input_ids": self.origin.input_ids, "mask": self.origin.attention_mask}
+        notes = {name: getattr(first, name) for name in MARKS} | {
+            "layers": len(self.layers),
+            "prune_layer": held.prune_layer,
+            "features": len(tokens.features),
+            "kinds": tokens.kinds,
+            "sizes": tokens.sizes,
+            "pixels": [[*of_row.items()] for of_row in self.origin.pixels],
+            "made_by": self.origin.made_by,
+        }
+        return {name: each for name, each in tensors.items() if each is not None}, notes
+
+    @classmethod
+    def of_parts(cls, tensors: dict[str, torch.Tensor], notes: dict) -> "GlimpsePrefix":
+        """The prefix of which these are the `parts`."""
+        rows, item_rows = tensors["rows"].cpu(), tensors["tokens.item_rows"]
+        layers = []
+        for index in range(notes["layers"]):
+            layer, names = PrunedLayer(), _names_of_layer(index)
+            if names[0] in tensors:
+                layer = SharedLayer(*(tensors[name] for name in names), rows)
+            for name in MARKS:
+                setattr(layer, name, notes[name])
+            for name in ROW_MARKS:
+                setattr(layer, name, tensors.get(name))
+            layers.append(layer)
+        tokens = VisualTokens(
+            features=[tensors[f"features.{index}"] for index in range(notes["features"])],
+            kinds=notes["kinds"],
+            sizes=notes["sizes"],
+            **{name: tensors.get(f"tokens.{name}") for name in TOKEN_TENSORS},
+        )
+        states, positions = tensors["states"], tensors["position_ids"]
+        held = HeldPrompt(states, positions, rows, tokens, item_rows.tolist(), notes["prune_layer"])
+        pixels = [{int(column): each for column, each in of_row} for of_row in notes["pixels"]]
+        ids, mask = (tensors[name].cpu() for name in ("input_ids", "mask"))
+        return cls(layers, held, PrefixOrigin(ids, mask, pixels, notes["made_by"]))
+
+    def select_rows(self, rows: Sequence[int] | torch.Tensor) -> "GlimpsePrefix":
+        """A prefix of some of these rows, in any order and as often as wanted; tensors are shared.
+
+        Args:
+            rows: numbers of rows of this prefix.
+        """
+        rows = torch.as_tensor(rows).cpu()
+        layers = [layer.fork(rows) for layer in self.layers]
+        return GlimpsePrefix(layers, self.held.select_rows(rows), self.origin)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As `select_rows`, of this prefix itself, as for any cache."""
+        self._become(self.select_rows(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, in this prefix itself, as for any cache."""
+        self._become(self.select_rows(self.rows_of(repeats * self.batch_size)))
+
+    def crop(self, *args, **kwargs) -> None:
+        """Refused: what is held waits for the layers above, and is no end of a prompt.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a prefix cannot be cropped, as its visual tokens wait for a question: look again, "
+            "with prefix_length for less of the prompt"
+        )
+
+    def reset(self) -> None:
+        """Refused, as for `update`."""
+        self._refuse_writing()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Refused, as for `update`."""
+        self._refuse_writing()
+
+    def update(self, *args, **kwargs):
+        """Refused: a prefix is never written to.
+
+        Raises:
+            ValueError: always.
+        """
+        self._refuse_writing()
+
+    def __deepcopy__(self, memo: dict) -> "GlimpsePrefix":
+        return copy.copy(self)
+
+    def __copy__(self) -> "GlimpsePrefix":
+        return self.select_rows(range(self.batch_size))
+
+    def _become(self, other: "GlimpsePrefix") -> None:
+        self.layers, self.held = other.layers, other.held
+
+    def _refuse_writing(self) -> None:
+        raise ValueError(
+            "a prefix is never written to: hand it to generate, forward or glimpse of the "
+            "GlimpsePrune model that looked, which go on with a copy"
+        )
+
+
+def check_made_by(prefix: GlimpsePrefix, model: nn.Module) -> None:
+    """Refuse a prefix of other weights or adapters.
+
+    Args:
+        model: the backbone that is to go on with it.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    if prefix.origin.made_by != fingerprint(model):
+        raise ValueError(
+            "this prefix was made by another model, or by this one with other weights, another "
+            "dtype or another adapter: look again with the model as it is now"
+        )
+
+
+def _names_of_layer(index: int) -> tuple[str, str]:
+    return f"layers.{index}.keys", f"layers.{index}.values"

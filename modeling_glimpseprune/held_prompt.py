@@ -1,0 +1,89 @@
+"""What a prefix holds of a prompt's beginning beside keys and values: states that wait."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .visual_tokens import VisualTokens
+
+
+@dataclass
+class HeldPrompt:
+    """The beginning of some prompts after layer P's attention, nothing dropped.
+
+    Rows are never repeated: `rows` says which of those held a row of the batch begins with.
+
+    Attributes:
+        states: `(held rows, length, hidden)` after layer P's attention, before its MLP.
+        position_ids: `(..., held rows, length)` the family's rotary positions.
+        rows: `(batch,)` on the host, the held row of each row of the batch.
+        tokens: the held rows' visual tokens, with the predictor's conditions as their features.
+        item_rows: row of each item of `tokens`, on the host.
+        prune_layer: P, the last layer that ran.
+    """
+
+    states: torch.Tensor
+    position_ids: torch.Tensor
+    rows: torch.Tensor
+    tokens: VisualTokens
+    item_rows: list[int]
+    prune_layer: int
+
+    @property
+    def length(self) -> int:
+        return self.states.shape[1]
+
+    def select_rows(self, rows: torch.Tensor) -> "HeldPrompt":
+        """Begin the rows of another batch with these; `rows` `(batch,)` are rows of this one."""
+        return replace(self, rows=self.rows[rows])
+
+    def states_at(self, columns: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, hidden)` of some tokens of the prompts that these states begin.
+
+        Args:
+            columns: `(batch, tokens)` in the prompts.
+            own: `(batch, own tokens, hidden)` of the tokens behind the held ones.
+        """
+        columns = columns.to(self.states.device)
+        rows = self.rows.to(columns.device)[:, None]
+        held = self.states[rows, columns.clamp(max=self.length - 1)].to(own.device)
+        columns = columns.to(own.device)[..., None]
+        behind = own.take_along_dim((columns - self.length).clamp(min=0), dim=1)
+        return torch.where(columns < self.length, held, behind)
+
+    def with_positions(self, own: torch.Tensor) -> torch.Tensor:
+        """Rotary positions `(..., batch, length + own tokens)`, from those of the own tokens."""
+        held = self.position_ids.index_select(-2, self.rows.to(self.position_ids.device))
+        return torch.cat([held.to(own.device), own], dim=-1)
+
+    def with_states(self, own: torch.Tensor) -> torch.Tensor:
+        """`(batch, length + own tokens, hidden)`, from `(batch, own tokens, hidden)`."""
+        held = self.states.index_select(0, self.rows.to(self.states.device))
+        return torch.cat([held.to(own.device), own], dim=1)
+
+    def all_tokens(self, own: VisualTokens | None) -> VisualTokens:
+        """The visual tokens of the batch's prompts, row after row.
+
+        Args:
+            own: those behind the held ones, with columns of the own tokens, and the predictor's
+                conditions as their features.
+        """
+        held = self.tokens.select_rows(self.rows.tolist(), self.item_rows)
+        if own is None:
+            return held
+        own = replace(own, columns=own.columns + self.length)
+        return held.followed_by(own, sort=len(self.rows) > 1)
+
+
+def prune_layer_over(held: HeldPrompt, asked: int | None) -> int:
+    """P of a question over a held prompt, which has run so far and no further.
+
+    Raises:
+        ValueError: when the call asks for another.
+    """
+    if asked not in (None, held.prune_layer):
+        raise ValueError(
+            f"this prefix was made for prune_layer {held.prune_layer}, not {asked}: look again "
+            f"with prune_layer={asked}"
+        )
+    return held.prune_layer

@@ -1,0 +1,135 @@
+"""Encodes images and videos by the stock methods, and keeps what the predictor needs of them."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .glimpse import Glimpse
+from .stock import AS_OUTPUT, OF_ENCODERS, embeddings_of, encoder_fields, in_stock_form
+from .visual_features import VisualFeatures, tap_outputs
+
+
+class VisualEncodingMixin:
+    """The part of a backbone that encodes visuals. A family says:
+
+    Attributes:
+        visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
+        visual_notes: further arguments with one entry a visual, which its encoder does not take.
+    """
+
+    config: object
+    glimpse: Glimpse
+    visual_inputs: dict[str, tuple[str, ...]] = {}
+    visual_notes: dict[str, tuple[str, ...]] = {}
+
+    def tapped_modules(self) -> list[nn.Module]:
+        """The modules whose outputs condition the predictor, in the order of its layers."""
+        raise NotImplementedError
+
+    def reduce_tap(self, output: torch.Tensor) -> torch.Tensor:
+        """What to keep of a tapped module's output while the encoder goes on."""
+        return output
+
+    def describe_visuals(
+        self, embeddings: list[torch.Tensor], taps: list[torch.Tensor], **inputs
+    ) -> VisualFeatures:
+        """Say which visual tokens an encoder's output holds, where they are, and what was tapped.
+
+        Args:
+            embeddings: one `(placeholders, hidden)` tensor an image.
+            taps: what `reduce_tap` kept of the outputs of `tapped_modules`.
+            inputs: what the encoder was given, pixels apart.
+        """
+        raise NotImplementedError
+
+    def encode_visual(self, kind: str, **inputs) -> VisualFeatures:
+        """Encode images or videos by the stock method and tap the vision encoder on the way.
+
+        Args:
+            kind: `"image"` or `"video"`.
+            inputs: what the stock method `get_image_features` or `get_video_features` takes.
+
+        Raises:
+            ValueError: for a field of the configuration that cannot be.
+        """
+        self.check_config()
+        encode = getattr(super(), f"get_{kind}_features")
+        with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
+            outputs = encode(**inputs, **AS_OUTPUT)
+        pixels, *others = self.visual_inputs[kind]
+        others = {name: inputs[name] for name in others if inputs.get(name) is not None}
+        features = self.describe_visuals(embeddings_of(outputs), taps, **others)
+        return replace(features, **encoder_fields(outputs))
+
+    def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
+        """Encode by the stock method alone; arguments as for `encode_visual`."""
+        self.check_config()
+        outputs = getattr(super(), f"get_{kind}_features")(**inputs, **AS_OUTPUT)
+        return VisualFeatures(pooler_output=embeddings_of(outputs), **encoder_fields(outputs))
+
+    def asked_of_encoders(self, asked: dict) -> dict:
+        """What a call asks to see of layers, as far as the stock backbone hands it to encoders."""
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def get_image_features(self, **inputs):
+        """The stock features; on transformers 5 with what the predictor needs beside them."""
+        return self.stock_features("image", inputs)
+
+    def stock_features(self, kind: str, inputs: dict):
+        """What the stock method `get_{kind}_features` returns, in the form the caller wants."""
+        return_dict = inputs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return in_stock_form(self.encode_visual(kind, **inputs), return_dict)
+
+    def _encode(
+        self, encoded: dict[str, VisualFeatures] | None, kwargs: dict, describes: bool
+    ) -> dict[str, VisualFeatures]:
+        """Encode what comes as pixels, which leave `kwargs`.
+
+        Args:
+            describes: whether anybody asks where visual tokens are; else the stock encoder runs.
+
+        Raises:
+            ValueError: when visuals come both as pixels and encoded.
+        """
+        encode = self.encode_visual if describes else self.encode_plainly
+        asked = self.asked_of_encoders({name: kwargs.get(name) for name in OF_ENCODERS})
+        encoded, of_pixels = dict(encoded or {}), {}
+        for kind, names in self.visual_inputs.items():
+            inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            if kwargs.pop(names[0], None) is not None:
+                of_pixels[kind] = encode(kind, **inputs, **asked)
+        if encoded and of_pixels:
+            raise ValueError("give mm_encoder_outputs or pixels, not both")
+        return encoded or of_pixels
+
+    def _placeholder_masks(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        encoded: dict[str, VisualFeatures],
+    ) -> dict[str, torch.Tensor]:
+        """`(batch, length)` bool by kind; the stock check of the counts included."""
+        masks = {}
+        for index, kind in enumerate(self.visual_inputs):
+            if kind in encoded:
+                features = torch.cat(list(encoded[kind].pooler_output))
+                found = self.get_placeholder_mask(
+                    input_ids, inputs_embeds, **{f"{kind}_features": features}
+                )
+                masks[kind] = (found[index] if isinstance(found, tuple) else found)[..., 0]
+        return masks
+
+    def _merge(
+        self,
+        inputs_embeds: torch.Tensor,
+        encoded: dict[str, VisualFeatures],
+        masks: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Put encoded images and videos at their placeholders: `(batch, length, hidden)`."""
+        for kind, features in encoded.items():
+            embeddings = torch.cat(list(features.pooler_output)).to(inputs_embeds)
+            mask = masks[kind][..., None].expand_as(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, embeddings)
+        return inputs_embeds

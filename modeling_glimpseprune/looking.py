@@ -19,7 +19,6 @@ from .stock import cache_of, given_cache, take_cache, token_types
 class LookingMixin:
     """The part of the model users hold that makes prefixes, and asks over them."""
 
-    @torch.no_grad()
     def look(
         self: PreTrainedModel,
         input_ids: torch.LongTensor,
@@ -27,6 +26,7 @@ class LookingMixin:
         *,
         cache: Cache | None = None,
         prefix_length: int | None = None,
+        differentiable: bool = False,
         **inputs,
     ) -> GlimpsePrefix:
         """Run the beginning of a prompt once, for any number of questions about its visuals.
@@ -41,6 +41,7 @@ class LookingMixin:
                 visual tokens stay as they were chosen. Either is left as it is.
             prefix_length: tokens of each prompt that the prefix takes, padding not counted.
                 Default: up to the last visual token and its end marker.
+            differentiable: keep what gradients need, for questions in training.
             inputs: what else `generate` takes of the prompts; of the settings `prune_layer`.
 
         Raises:
@@ -63,15 +64,16 @@ class LookingMixin:
         rows = [ids[row, span][mask[row, span].bool()].cpu() for row, span in enumerate(spans)]
         new = {name: each.to(ids.device) for name, each in padded_left(rows, 0).items()}
         whole_mask = torch.cat([mask[:, :past], new["attention_mask"]], dim=1)
-        outputs = self.model(
-            **self._with_types(new["input_ids"], given),
-            input_ids=new["input_ids"],
-            attention_mask=whole_mask,
-            hold=True,
-            use_cache=True,
-            return_dict=True,
-            **given_cache(cache if isinstance(cache, GlimpsePrefix) else shared_cache(cache)),
-        )
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            outputs = self.model(
+                **self._with_types(new["input_ids"], given),
+                input_ids=new["input_ids"],
+                attention_mask=whole_mask,
+                hold=True,
+                use_cache=True,
+                return_dict=True,
+                **given_cache(cache if isinstance(cache, GlimpsePrefix) else shared_cache(cache)),
+            )
         pixels: list[dict[int, str]] = [{} for _ in ids]
         if isinstance(cache, GlimpsePrefix):
             pixels = [dict(of_row) for of_row in cache.begun(len(ids)).pixels]

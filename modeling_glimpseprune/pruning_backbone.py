@@ -220,8 +220,6 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             settings["prune_layer"] = config.glimpse_layer
         if held is not None:
             settings["prune_layer"] = prune_layer_over(held, arguments.prune_layer)
-        if arguments.hold and settings["prune_layer"] < 0:
-            raise ValueError("prune_layer -1 leaves nothing to look at: give 0 or more")
         tokens = collect_visual_tokens(encoded, masks) if encoded else None
         if tokens is not None and arguments.visual_keep_mask is None:
             tokens = replace(tokens, features=self.glimpse.conditions(tokens.features))

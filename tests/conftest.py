@@ -36,6 +36,7 @@ PAD_TOKEN, VOCABULARY = 0, 200
 FIRST_SPECIAL_TOKEN = 190  # text tokens are 1..189
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 190, 191, 192, 193
 PATCH, MERGE, TEMPORAL_PATCH = 4, 2, 2
+LOOK_LAYER = 3  # of the models that `make_model` makes
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 # Modules that say little of a release of transformers: `--older-release` leaves them out, unless
@@ -338,6 +339,17 @@ def _freeze(fields: dict) -> tuple:
 
 def _thaw(fields: tuple) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
+
+
+@pytest.fixture
+def make_model(shared_models):
+    """A model whose glimpse looks at layer `LOOK_LAYER` of 5, by the layer it prunes at."""
+
+    def make(prune_layer: int = LOOK_LAYER, seed: int = 4, **glimpse) -> PreTrainedModel:
+        fields = {"glimpse_layer": LOOK_LAYER, "prune_layer": prune_layer} | glimpse
+        return shared_models(seed, glimpse=fields, num_layers=5).pruned
+
+    return make
 
 
 @pytest.fixture(name="build_batch")

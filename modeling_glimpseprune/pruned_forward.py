@@ -112,8 +112,8 @@ class PrunedForwardMixin:
             asked = self._asked("output_hidden_states", kwargs)
             outputs = LayerOutputs(
                 len(self.layers),
-                asked is not False,
-                self._asked("output_attentions", kwargs) is not False,
+                bool(asked),
+                bool(self._asked("output_attentions", kwargs)),
             )
             cache = DynamicCache() if cache is None else cache
             adopt_layers(cache, len(self.layers))

@@ -29,6 +29,7 @@ REFUSALS = {
     "static cache": "cache cannot be pruned: use the default DynamicCache, or prune=False",
     "4-D mask": "pruning takes a 2-D attention mask",
     "right padding": "pad on the left",
+    "short mask": "attention_mask has 3 columns for",
     "chunks": "prefill_chunk_size cannot be combined with pruning",
     "labels on every token": r"labels begin at the first token of row\(s\)",
     "packed rows": "position_ids start again within a row",

@@ -278,7 +278,6 @@ WRONG = {
     "an image too few": lambda inputs: inputs | {"input_ids": inputs["input_ids"][:, -5:]},
     "no such token": lambda inputs: inputs | {"input_ids": inputs["input_ids"] + 10_000},
     "ids of numbers": lambda inputs: inputs | {"input_ids": inputs["input_ids"].float()},
-    "a short mask": lambda inputs: inputs | {"attention_mask": inputs["attention_mask"][:, :3]},
     "labels of another length": lambda inputs: inputs | {"labels": labels_of(inputs)[:, :-1]},
 }
 
@@ -302,6 +301,7 @@ MASKS = {
     "bool": (lambda inputs: inputs["attention_mask"].bool(), None),
     "float": (lambda inputs: inputs["attention_mask"].float(), None),
     "ones": (lambda inputs: torch.ones_like(inputs["attention_mask"]), None),
+    "short": (lambda inputs: inputs["attention_mask"][:, :3], "short mask"),
     "4-D": (four_dimensional, "4-D mask"),
 }
 

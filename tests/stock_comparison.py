@@ -76,11 +76,16 @@ def pair_of(models: Models, mode: str, batch: Batch) -> Pair:
     return Pair(*models, batch.inputs, settings[mode])
 
 
-def batch_of(family: str, rows: int = 2) -> Batch:
-    """Left-padded: several images (or an image and a video where the family sees them), and one."""
+def batch_of(family: str, rows: int = 2, several: bool = True) -> Batch:
+    """Left-padded prompts.
+
+    Args:
+        several: whether a prompt has several images, or an image and a video where the family sees
+            videos.
+    """
     sees_videos = hasattr(FAMILIES[family].stock_class, "get_video_features")
-    longer = [4, (3, 3), 2, (2, 2, 2) if sees_videos else (2, 2), 3]
-    return build_batch([longer, [2, (2, 3), 3]][:rows], family=family)
+    more = [2, (2, 2, 2) if sees_videos else (2, 2)] if several else []
+    return build_batch([[4, (3, 3), *more, 3], [2, (2, 3), 3]][:rows], family=family)
 
 
 def build_pair(family: str, seed: int = 5, change: Callable[[dict], None] | None = None) -> Models:
@@ -173,10 +178,12 @@ def _assert_same_tensor(
 def _without_padding(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """What counts of states `(batch, length, ...)` or attentions `(batch, heads, length, keys)`.
 
-    The batch may have been repeated row by row.
+    The batch may have been repeated row by row, and tokens may stand behind it.
     """
     if values.ndim == 4:
         values = values.transpose(1, 2)
-    if values.ndim < 3 or len(values) % len(real) or values.shape[1] != real.shape[1]:
+    if values.ndim < 3 or len(values) % len(real) or values.shape[1] < real.shape[1]:
         return values
-    return values[real.repeat_interleave(len(values) // len(real), dim=0)]
+    real = real.repeat_interleave(len(values) // len(real), dim=0)
+    behind = values.shape[1] - real.shape[1]
+    return values[torch.nn.functional.pad(real, (0, behind), value=True)]

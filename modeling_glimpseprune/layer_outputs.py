@@ -48,11 +48,12 @@ class LayerOutputs:
         inputs = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1) for rows in self._states)
         return select_hidden_states((*inputs, last_hidden_state), asked)
 
-    def attentions(self) -> tuple[torch.Tensor | None, ...] | None:
-        """`(batch, heads, length, past and length)` of each layer; None where it keeps none."""
+    def attentions(self) -> tuple[torch.Tensor, ...] | None:
+        """`(batch, heads, length, past and length)` of each layer that keeps them."""
         if self._attentions is None:
             return None
-        return tuple(_stack(blocks) for blocks in self._attentions)
+        stacked = (_stack(blocks) for blocks in self._attentions)
+        return tuple(weights for weights in stacked if weights is not None)
 
 
 def spread(values: torch.Tensor, positions: torch.Tensor, length: int, dim: int) -> torch.Tensor:
@@ -75,6 +76,8 @@ def _stack(blocks: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Rows of all blocks; what a block could not see yet has weight zero."""
     if any(block is None for block in blocks):
         return None
+    if len(blocks) == 1:
+        return blocks[0]
     columns = max(block.shape[-1] for block in blocks)
     padded = [torch.nn.functional.pad(block, (0, columns - block.shape[-1])) for block in blocks]
     return torch.cat(padded, dim=2)

@@ -60,9 +60,13 @@ TOWER_NAMES = {"^model.vision_tower.(?!vision_model)": "model.vision_tower.visio
 class GlimpsePruneLlamaModel(PrunedForwardMixin, LlamaModel):
     """The stock Llama decoder behind the split forward."""
 
+    forward = show_arguments(LlamaModel.forward)(PrunedForwardMixin.forward)
+
 
 class GlimpsePruneMistralModel(PrunedForwardMixin, MistralModel):
     """The stock Mistral decoder behind the split forward."""
+
+    forward = show_arguments(MistralModel.forward)(PrunedForwardMixin.forward)
 
 
 TEXT_MODELS = {"llama": GlimpsePruneLlamaModel, "mistral": GlimpsePruneMistralModel}

@@ -56,6 +56,8 @@ from .visual_tokens import VisualTokens  # noqa: F401
 class GlimpsePruneQwen2_5_VLTextModel(PrunedForwardMixin, Qwen2_5_VLTextModel):
     """The stock decoder behind the split forward; rotary positions have three axes."""
 
+    forward = show_arguments(Qwen2_5_VLTextModel.forward)(PrunedForwardMixin.forward)
+
     def rotary_position_ids(
         self, position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int
     ) -> torch.Tensor:

@@ -110,12 +110,13 @@ class PrunedForwardMixin:
         if prune_request is not None:
             past = 0 if cache is None else cache.get_seq_length()
             self._check_prunable(attention_mask, position_ids, past, prune_request)
+            _check_covered(attention_mask, inputs_embeds)
             refuse_unknown_tensors(kwargs)
             asked = self._asked("output_hidden_states", kwargs)
             outputs = LayerOutputs(
                 len(self.layers),
-                asked is not False,
-                self._asked("output_attentions", kwargs) is not False,
+                bool(asked),
+                bool(self._asked("output_attentions", kwargs)),
             )
             cache = DynamicCache() if cache is None else cache
             adopt_layers(cache, len(self.layers))
@@ -296,6 +297,14 @@ def _check_visuals_in_prompt(tokens: VisualTokens, prompt_length: int, length: i
         raise ValueError(
             f"a visual token stands behind the prompt's {prompt_length} tokens: the completion "
             "begins behind the last image or video of its row"
+        )
+
+
+def _check_covered(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
+    if attention_mask is not None and attention_mask.shape[1] < inputs_embeds.shape[1]:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for "
+            f"{inputs_embeds.shape[1]} tokens: it covers every token, those of the cache included"
         )
 
 

@@ -207,9 +207,17 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         """Describe the pruning of one prefill; settings that are None come from the configuration.
 
         Raises:
-            ValueError: for a setting out of range or a keep mask that does not fit.
+            ValueError: for a setting out of range, a keep mask that does not fit, or encoded
+                visuals of another class.
         """
         config = self.config
+        for kind, features in encoded.items():
+            if not isinstance(features, dict) or "glimpse_views" not in features:
+                raise ValueError(
+                    f"mm_encoder_outputs[{kind!r}], a {type(features).__name__}, does not say "
+                    f"where visual tokens lie: give what this model's encode_visual({kind!r}, ...) "
+                    "returns, or use prune=False"
+                )
         self.check_config()
         settings = {}
         for name in CALL_SETTINGS:

@@ -165,9 +165,14 @@ class TokenBlock:
         return spread(states * real, self.order, self.length, dim)
 
     def weights_as_seen(self, weights: torch.Tensor | None) -> torch.Tensor | None:
-        """Attention weights `(batch, heads, tokens, slots)` laid out on both sides."""
+        """Attention weights `(batch, heads, tokens, slots)` laid out on both sides.
+
+        Where the caller sees the block as it is, gradients reach them.
+        """
         if weights is None:
             return None
+        if self.order is None and not self.has_glimpse and not self.past_slots:
+            return weights
         past, own = weights.tensor_split([self.past_slots], dim=3)
         length = self.past_slots + self.past_dropped
         past = spread(past, self.past_columns.expand(len(past), -1), length, dim=3)

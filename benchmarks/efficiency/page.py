@@ -299,12 +299,12 @@ def _early_times(points: list[dict]) -> str:
         cells = [f"{ratios[name]:.3f} ({ratios[f'{name}, P = K']:.3f})" for name in names]
         layer = each["point"]["prune_layer"]
         rows.append(f"| {each['visual']} | {layer} | " + " | ".join(cells) + " |")
-    layers, layer = early[0]["layers"], early[0]["point"]["glimpse_layer"]
+    layers, point = early[0]["layers"], early[0]["point"]
     return f"""
 
-Measured in the run of the sweeps above, K = {layer} of {layers}, {early[0]["point"]["retention"]:.0%}
-kept. Every cell is the ratio to stock with tokens dropped at P, and in brackets the ratio with
-P = K, whose calls were taken in turns with the others:
+Measured in the run of the sweeps above, K = {point["glimpse_layer"]} of {layers}, \
+{point["retention"]:.0%} kept. A cell is the ratio to stock, and in
+brackets that with P = K, whose calls were taken in turns with the others:
 
 {chr(10).join(rows)}"""
 

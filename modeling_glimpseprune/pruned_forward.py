@@ -18,8 +18,9 @@ from .layer_outputs import LayerOutputs, spread
 from .prefill import Prefill
 from .prune_request import PruneRequest
 from .pruned_cache import PrunedLayer, adopt_layers, pruned_layer, slot_columns, slot_mask
+from .pruning_arguments import refuse_unknown_tensors
 from .row_boundaries import AlignedRows
-from .stock import given_cache, outputs_with_cache, refuse_unknown_tensors, take_cache
+from .stock import given_cache, outputs_with_cache, take_cache
 from .token_block import TokenBlock
 from .visual_tokens import VisualTokens
 

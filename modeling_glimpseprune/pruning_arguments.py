@@ -1,4 +1,4 @@
-"""What a call may say about pruning, beside the arguments of the stock model."""
+"""What a call may say beside the arguments of the stock model, and what a pruned prompt refuses."""
 
 import inspect
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from functools import wraps
 
 import torch
+
+from .stock import IDLE_ARGUMENTS, NEWEST_TESTED
 
 CALL_SETTINGS = ("prune_threshold", "max_keep_ratio", "min_keep_tokens", "prune_layer")
 HIDDEN = ("only_glimpse", "compact_output", "visual_log_keep", "hold")  # not for `generate`
@@ -140,3 +142,30 @@ def validate_log_keep(arguments: PruningArguments, num_visual_tokens: int) -> No
         given = getattr(arguments, name)
         if given is not None and given is not False:
             raise ValueError(f"visual_log_keep cannot be combined with {name}")
+
+
+def refuse_unknown_tensors(arguments: dict) -> None:
+    """Refuse tensors, alone or in containers, that a pruned prefill would ignore.
+
+    Args:
+        arguments: what is left of a text model's keyword arguments.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in arguments.items():
+        if name not in IDLE_ARGUMENTS and _holds_tensors(value):
+            raise ValueError(
+                f"{name!r} is an argument that a prompt with pruning does not know, so it would be "
+                f"ignored (tested with transformers up to {NEWEST_TESTED}): leave it out, or use "
+                "prune=False"
+            )
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether it is a tensor, or a dictionary, list or tuple that holds one at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)

@@ -125,33 +125,6 @@ def outputs_with_cache(last_hidden_state: torch.Tensor, cache: Cache | None, **f
     return BaseModelOutputWithPast(last_hidden_state, **given_cache(cache), **fields)
 
 
-def refuse_unknown_tensors(arguments: dict) -> None:
-    """Refuse tensors, alone or in containers, that a pruned prefill would ignore.
-
-    Args:
-        arguments: what is left of a text model's keyword arguments.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, value in arguments.items():
-        if name not in IDLE_ARGUMENTS and _holds_tensors(value):
-            raise ValueError(
-                f"{name!r} is an argument that a prompt with pruning does not know, so it would be "
-                f"ignored (tested with transformers up to {NEWEST_TESTED}): leave it out, or use "
-                "prune=False"
-            )
-
-
-def _holds_tensors(value: object) -> bool:
-    """Whether it is a tensor, or a dictionary, list or tuple that holds one at any depth."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_tensors, value))
-    return isinstance(value, torch.Tensor)
-
-
 def causal_mask(
     config: PretrainedConfig,
     states: torch.Tensor,

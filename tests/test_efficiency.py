@@ -66,12 +66,37 @@ def test_page(build_models, tmp_path):
 def test_sweeps_change_one_setting_of_the_centre():
     points = points_of({
         "visual_tokens": [9, 5], "retention": [0.1], "batch": [1, 2, 4], "new_tokens": [2],
-        "glimpse_layer": [3],
+        "glimpse_layer": [3, 1], "prune_layer": [None],
     })  # fmt: skip
-    assert points[0] == Point("centre", 9, 0.1, 1, 2, 3)
+    assert points[0] == Point("centre", 9, 0.1, 1, 2, 3, 3)
     assert [(point.sweep, point.visual_tokens, point.batch) for point in points[1:]] == [
-        ("visual_tokens", 5, 1), ("batch", 9, 2), ("batch", 9, 4),
+        ("visual_tokens", 5, 1), ("batch", 9, 2), ("batch", 9, 4), ("glimpse_layer", 9, 1),
     ]  # fmt: skip
+    assert (points[-1].glimpse_layer, points[-1].prune_layer) == (1, 1)
+
+
+def test_prune_layers_are_swept_at_every_prompt_length_and_never_above_the_glimpse():
+    points = points_of({
+        "visual_tokens": [9, 5], "retention": [0.1], "batch": [1], "new_tokens": [2],
+        "glimpse_layer": [3, 1], "prune_layer": [3, 2],
+    })  # fmt: skip
+    swept = [(point.visual_tokens, point.glimpse_layer, point.prune_layer) for point in points]
+    assert swept == [(9, 3, 3), (5, 3, 3), (9, 1, 1), (9, 3, 2), (5, 3, 2)]
+
+
+def test_an_early_point_is_measured_beside_the_late_one(build_models, tmp_path):
+    models = build_models()
+    early = measured(models, sweep="prune_layer", prune_layer=0)
+    late = measured(models)
+    for name in ("decoder operations", "peak memory"):
+        assert early["ratios"][f"{name}, P = K"] == late["ratios"][name]
+    assert early["ratios"]["decoder operations"] < late["ratios"]["decoder operations"]
+    assert len(early["every time"]["first token"]["at K"]) == early["repetitions"]
+    results = {"machine": {}, "settings": {}, "points": [late, early]}
+    write_page(results, tmp_path / "efficiency.md")
+    ratios = early["ratios"]
+    page = (tmp_path / "efficiency.md").read_text()
+    assert f"{ratios['first token']:.3f} ({ratios['first token, P = K']:.3f})" in page
 
 
 @pytest.mark.parametrize("geometry", [*REAL, SCALED])

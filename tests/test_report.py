@@ -1,5 +1,6 @@
 """The report's statistics, counted costs and page."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from benchmarks.report.page import write_page
 from benchmarks.report.records import Record, append_records, read_records
 from benchmarks.report.run import run_methods
 from benchmarks.report.statistics import Bootstrap
-from glimpseprune.baselines.catalogue import compared_methods, label
+from glimpseprune.baselines.catalogue import compared_methods, label, own_pruning, read_ahead
 from glimpseprune.baselines.fastv import FastV
 from glimpseprune.baselines.method import Method, OwnPruning, TextOnly
 from glimpseprune.baselines.random_tokens import RandomTokens
@@ -66,6 +67,25 @@ def test_counted_costs_follow_the_tokens_of_each_layer(tiny, costs):
     whole_layers = flops(FastV(ratio=0.1), pruned)
     reading = 2 * decoder.hidden * (decoder.hidden + full)
     assert whole_layers == at_layer + decoder.mlp(full) - decoder.mlp(short) + reading
+
+
+def test_counted_costs_follow_the_prune_layer_of_the_call_and_the_repository(tiny, costs):
+    (ahead,) = read_ahead(0, (0.1,))
+    pruned = record(ahead, [VISUAL] + [10] * (LAYERS - 1))
+    decoder, predictor = geometry(tiny[0])
+    expected = pruned_prefill(decoder, predictor, K, TEXT, VISUAL, 10, 0)
+    assert costs.flops(ahead, pruned) == expected < costs.flops(OwnPruning(), pruned)
+    early = copy.copy(tiny[0].config)
+    early.prune_layer = 0
+    trained = own_pruning("early", (0.1,))
+    methods = [Method(), ahead, *trained]
+    records = [record(Method(), [VISUAL] * LAYERS)]
+    records += [record(method, pruned.by_layer) for method in methods[1:]]
+    others = {"early": PrefillCosts(early)}  # for one of the two
+    lines = Figures(records, methods, costs, others).lines
+    share = expected / stock_prefill(decoder, TEXT + VISUAL)
+    assert lines["early"].flops == lines[label(ahead)].flops == pytest.approx(share)
+    assert lines["early, capped, 10.0%"].flops > share
 
 
 def test_bootstrap_resamples_pages():
@@ -155,10 +175,11 @@ def test_one_command_writes_the_report(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "benchmarks.report", "--output", str(tmp_path)]
     command += ["--questions", "8", "--kind-questions", "4", "--batch-size", "8"]
+    command += ["--prune-layer", "0", "--early", str(TINY_MODEL)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     page = (tmp_path / "README.md").read_text()
     pictures = [line.split("](")[1].rstrip(")") for line in page.splitlines() if "![" in line]
     assert len(pictures) >= 4 and all((tmp_path / name).is_file() for name in pictures)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["lines"]) == 4 + 3 * 12
+    assert len(figures["lines"]) == 5 + 3 * 14
     assert all(len(seed) == 8 for seeds in figures["scores"].values() for seed in seeds)

@@ -63,7 +63,7 @@ def write_page(results: dict, page: Path) -> None:
         "## Sweeps\n\n" + _sweeps(points, page),
         "## Where the time goes\n\n" + _profiles(centre["profiles"]),
         "## The law of the prefill's cost\n\n" + _law(),
-        "## Dropping early, looking ahead\n\n" + _early_law(),
+        "## Dropping early, looking ahead\n\n" + _early_law() + _early_times(points),
     ]
     if not str(results["machine"].get("device", "")).startswith("NVIDIA"):
         sections.append("## On a GPU\n\n" + ON_A_GPU)
@@ -161,7 +161,8 @@ def _fastest(times: dict[str, list[float]], name: str = "pruned", other: str = "
 
 def _sweeps(points: list[dict], page: Path) -> str:
     centre, parts = points[0], []
-    for sweep in dict.fromkeys(each["point"]["sweep"] for each in points[1:]):
+    sweeps = dict.fromkeys(each["point"]["sweep"] for each in points[1:])
+    for sweep in [name for name in sweeps if name != "prune_layer"]:
         swept = [each for each in points if each["point"]["sweep"] in (sweep, "centre")]
         swept.sort(key=lambda each: each["point"][sweep])
         rows = [f"| {sweep} | " + " | ".join(RATIOS.values()) + " |"]
@@ -280,6 +281,32 @@ Where it loses:
   known on the host.
 - Thresholds do not carry over from P = K, and how early a checkpoint can drop is its own affair:
   `glimpseprune calibrate` measures both."""
+
+
+def _early_times(points: list[dict]) -> str:
+    """What was measured below P = K, a row a prompt length and prune layer."""
+    early = [each for each in points if each["point"]["sweep"] == "prune_layer"]
+    if not early:
+        return ""
+    names = ("first token", "first token without vision", "peak memory", "decoder operations")
+    rows = [
+        "| visual tokens | P | " + " | ".join(RATIOS[name] for name in names) + " |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    early.sort(key=lambda each: (-each["visual"], -each["point"]["prune_layer"]))
+    for each in early:
+        ratios = each["ratios"]
+        cells = [f"{ratios[name]:.3f} ({ratios[f'{name}, P = K']:.3f})" for name in names]
+        layer = each["point"]["prune_layer"]
+        rows.append(f"| {each['visual']} | {layer} | " + " | ".join(cells) + " |")
+    layers, point = early[0]["layers"], early[0]["point"]
+    return f"""
+
+Measured in the run of the sweeps above, K = {point["glimpse_layer"]} of {layers}, \
+{point["retention"]:.0%} kept. A cell is the ratio to stock, and in
+brackets that with P = K, whose calls were taken in turns with the others:
+
+{chr(10).join(rows)}"""
 
 
 def _of_another_model(

@@ -63,12 +63,24 @@ class Point:
 
 
 def points_of(sweeps: dict[str, list]) -> list[Point]:
-    """The centre (the first value of each sweep), and every other value beside it."""
+    """The centre (the first value of each sweep), and every other value beside it.
+
+    Prune layers are swept at every prompt length, as what they spare hangs on it. None is above K.
+    """
     centre = Point("centre", **{name: values[0] for name, values in sweeps.items()})
     points = [centre]
     for name, values in sweeps.items():
         points += [replace(centre, sweep=name, **{name: value}) for value in values[1:]]
-    return points
+    early = [point for point in points if point.sweep == "prune_layer"]
+    for visual in sweeps["visual_tokens"][1:]:
+        points += [replace(point, visual_tokens=visual) for point in early]
+    return [_within_depth(point) for point in points]
+
+
+def _within_depth(point: Point) -> Point:
+    layer = point.glimpse_layer
+    prune_layer = layer if point.prune_layer is None else min(point.prune_layer, layer)
+    return replace(point, prune_layer=prune_layer)
 
 
 def measure_all(
@@ -100,7 +112,8 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
     """Everything about one point.
 
     Ratios are pruned over stock; `equal cache` is the stock model on a prompt with as many visual
-    tokens as the pruned one keeps, `unpruned` ours with `prune=False`.
+    tokens as the pruned one keeps, `unpruned` ours with `prune=False`. Where P is below K, `at K`
+    is ours with P = K, taken in turns with the others.
     """
     prompt = _prompt(centre, point, pair, point.visual_tokens)
     short = _prompt(centre, point, pair, max(1, round(point.retention * prompt.visual)))
@@ -118,6 +131,11 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         ),
         "equal cache": lambda tokens, **more: _generate(pair.stock, short, tokens, **more),
     }
+    compared = ["stock", "pruned"]
+    if prune_layer < point.glimpse_layer:
+        late = settings | {"prune_layer": point.glimpse_layer}
+        runs["at K"] = lambda tokens, **more: _generate(pair.pruned, prompt, tokens, **late, **more)
+        compared.append("at K")
     models = {
         name: pair.stock if name in ("stock", "equal cache") else pair.pruned for name in runs
     }
@@ -142,8 +160,7 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         ratios["decode step"] = median_ratio(steps["pruned"], steps["stock"])
         ratios["decode step, equal cache"] = median_ratio(steps["pruned"], steps["equal cache"])
     peaks = {
-        name: peak_bytes(_bound(runs[name], point.new_tokens), pair.pruned)
-        for name in ("stock", "pruned")
+        name: peak_bytes(_bound(runs[name], point.new_tokens), pair.pruned) for name in compared
     }
     with _whole_mlps():
         peaks["pruned, MLPs whole"] = peak_bytes(
@@ -153,11 +170,18 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
     ratios["peak memory, MLPs whole"] = peaks["pruned, MLPs whole"] / peaks["stock"]
     caches = {name: cache_of(runs[name](1)) for name in ("stock", "pruned")}
     held = {name: cache_bytes(cache) for name, cache in caches.items()}
-    flops = {
-        name: flops_by_stage(_bound(runs[name], 1), prune_layer) for name in ("stock", "pruned")
-    }
+    flops = {name: flops_by_stage(_bound(runs[name], 1), prune_layer) for name in compared}
     decoder = {name: sum(of.values()) - of["vision"] for name, of in flops.items()}
     ratios["decoder operations"] = decoder["pruned"] / decoder["stock"]
+    if "at K" in runs:
+        ratios |= {
+            "first token, P = K": median_ratio(first["at K"], first["stock"]),
+            "first token without vision, P = K": median_ratio(
+                decoder_only["at K"], decoder_only["stock"]
+            ),
+            "peak memory, P = K": peaks["at K"] / peaks["stock"],
+            "decoder operations, P = K": decoder["at K"] / decoder["stock"],
+        }
     kept = caches["pruned"].glimpse.kept // point.batch
     layers = len(pair.pruned.model.language_model.layers)
     below = prune_layer + 1

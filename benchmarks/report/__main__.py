@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from glimpseprune.baselines.catalogue import compared_methods, label
+from glimpseprune.baselines.catalogue import (
+    RATIOS,
+    compared_methods,
+    label,
+    own_pruning,
+    read_ahead,
+)
 from glimpseprune.baselines.method import OwnPruning
 from glimpseprune.commands.evaluate import CAP, read_samples
 from glimpseprune.loading import TINY_MODEL, load_model
@@ -40,17 +46,25 @@ def main() -> None:
         arguments.data, arguments.image_folder, arguments.questions, arguments.seed
     )
     methods = compared_methods()
+    if arguments.prune_layer is not None:
+        methods += read_ahead(arguments.prune_layer)
     path = folder / "records.jsonl"
     shape = (arguments.batch_size, arguments.max_new_tokens, METRICS[arguments.metric])
     model, processor = load_model(arguments.model)
     run_methods(model, processor, samples, methods, path, *shape)
-    if arguments.plus:
-        plus = [OwnPruning("GlimpsePrune+"), OwnPruning("GlimpsePrune+, capped", CAP)]
-        run_methods(*load_model(arguments.plus), samples, plus, path, *shape)
-        methods += plus
+    of_others = {}
+    for name, repository, ratios in (
+        ("GlimpsePrune+", arguments.plus, (CAP,)),
+        ("GlimpsePrune, trained early", arguments.early, RATIOS),
+    ):
+        if repository:
+            other, own = load_model(repository), own_pruning(name, ratios)
+            run_methods(*other, samples, own, path, *shape)
+            methods += own
+            of_others |= dict.fromkeys((each.name for each in own), PrefillCosts(other[0].config))
     asked = {sample.number: sample for sample in samples}
     records = [record for record in read_records(path) if record.number in asked]
-    figures = Figures(records, methods, PrefillCosts(model.config))
+    figures = Figures(records, methods, PrefillCosts(model.config), of_others)
     settings = _settings(arguments, model, len(asked), figures)
     _write_figures(folder / "figures.json", settings, figures)
     pictures = draw_gallery(
@@ -70,6 +84,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub repository")
     parser.add_argument("--plus", help="a second repository, shown as GlimpsePrune+")
+    parser.add_argument("--early", help="a repository whose glimpse was trained to be read ahead")
+    parser.add_argument(
+        "--prune-layer", type=int, help="read the model's own glimpse ahead from this layer, too"
+    )
     parser.add_argument(
         "--data", type=Path, help="questions in a form of Visual-CoT (default: the tiny world)"
     )

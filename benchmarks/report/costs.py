@@ -28,7 +28,8 @@ class PrefillCosts:
         """Of the prefill that gave this answer."""
         layers = record.by_layer
         if isinstance(method, OwnPruning):
-            return self.law.pruned(self.prune_layer, record.prompt, record.visual, layers[-1])
+            layer = self.prune_layer if method.prune_layer is None else method.prune_layer
+            return self.law.pruned(layer, record.prompt, record.visual, layers[-1])
         tokens = [record.prompt + visual for visual in layers]
         after_attention = list(tokens)
         if method.drops_inside_glimpse_layer:

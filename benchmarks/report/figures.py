@@ -1,6 +1,6 @@
 """What a report says of each method, from its records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -52,10 +52,17 @@ class Figures:
         records: of all methods over the same questions.
         methods: in the order of the page.
         costs: counts operations.
+        of_others: the same for methods, by name, that another model answered with.
     """
 
-    def __init__(self, records: Sequence[Record], methods: Sequence[Method], costs: PrefillCosts):
-        self.costs = costs
+    def __init__(
+        self,
+        records: Sequence[Record],
+        methods: Sequence[Method],
+        costs: PrefillCosts,
+        of_others: Mapping[str, PrefillCosts] | None = None,
+    ):
+        self.costs, self.of_others = costs, of_others or {}
         by_setting: dict[tuple, dict[int, Record]] = {}
         for record in records:
             by_setting.setdefault(record.setting, {})[record.number] = record
@@ -100,4 +107,5 @@ class Figures:
         )
 
     def _flops(self, method: Method, records: Sequence[Record]) -> float:
-        return float(np.mean([self.costs.flops(method, record) for record in records]))
+        costs = self.of_others.get(method.name, self.costs)
+        return float(np.mean([costs.flops(method, record) for record in records]))

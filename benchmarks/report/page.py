@@ -27,6 +27,9 @@ How to read it
 - Methods called *-like* follow a paper's rule with the simplifications that `docs/evaluate.md` and
   their files in `glimpseprune/baselines/` state. FastV-like and PyramidDrop-like forbid attention
   to dropped tokens, which gives the answers of shorter sequences and saves no time here.
+- *Read ahead from P* is the same glimpse with `prune_layer` P and threshold 0, untrained for it;
+  *trained early* is another repository, whose glimpse was trained so. Looking ahead and low-rank
+  additions are counted in the prefill.
 - Kept tokens keep their positions everywhere. No method but GlimpsePrune was trained, and the
   oracle is told where the evidence is.
 """

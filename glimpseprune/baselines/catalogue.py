@@ -41,6 +41,21 @@ def compared_methods(
     return methods
 
 
+def read_ahead(prune_layer: int, ratios: tuple[float, ...] = RATIOS) -> list[Method]:
+    """The model's own glimpse read ahead from a layer, at every ratio.
+
+    Its thresholds were chosen for other scores, so as many tokens are kept as the ratio allows.
+    """
+    name = f"GlimpsePrune, read ahead from {prune_layer}"
+    settings = {"prune_threshold": 0.0, "prune_layer": prune_layer}
+    return [OwnPruning(name, ratio, **settings) for ratio in ratios]
+
+
+def own_pruning(name: str, ratios: tuple[float, ...]) -> list[Method]:
+    """A model's own pruning, as it is configured and within every ratio."""
+    return [OwnPruning(name), *(OwnPruning(f"{name}, capped", ratio) for ratio in ratios)]
+
+
 def label(method: Method) -> str:
     """A method's name with its ratio, as in a line of a table."""
     return method.name if method.ratio is None else f"{method.name}, {method.ratio:.1%}"

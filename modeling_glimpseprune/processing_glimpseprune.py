@@ -13,7 +13,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 from transformers.image_processing_utils import select_best_resolution
-from transformers.image_utils import get_image_size, make_flat_list_of_images, to_numpy_array
+from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.processing_utils import TextKwargs
+
+SANITIZES = "sanitize_control_tokens" in TextKwargs.__annotations__  # some releases do not
 
 
 @dataclass
@@ -35,14 +38,20 @@ class CheckedProcessorMixin:
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         """Prepare prompts and images for the model, as the stock processor does.
 
+        Images that are named (a URL, a path, a base64 string) are read once, and turned as their
+        EXIF orientation says.
+
         Raises:
             ValueError: when an image has no pixels, or images and placeholders differ in number.
         """
         if images is not None:
-            flat_images = make_flat_list_of_images(self.image_processor.fetch_images(images))
+            images = read_images(images)
+            flat_images = make_flat_list_of_images(images)
             for index, image in enumerate(flat_images):
                 check_has_pixels(image, index)
-            if text is not None:
+            # Where asked to, a stock processor tells placeholders from those that users wrote.
+            sanitized = SANITIZES and kwargs.get("sanitize_control_tokens")
+            if text is not None and not sanitized:
                 check_placeholders(text, self.image_token, len(flat_images))
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
@@ -114,15 +123,25 @@ class GlimpsePruneLlavaNextProcessor(CheckedProcessorMixin, LlavaNextProcessor):
         return ImageLayout(placeholders, [base, (rows, columns)])
 
 
+def read_images(images: object) -> object:
+    """Read what is named in an image or nested lists of images; what is an image stays as it is."""
+    if isinstance(images, (list, tuple)):
+        return [read_images(image) for image in images]
+    return load_image(images) if isinstance(images, str) else images
+
+
 def check_has_pixels(image: object, index: int) -> None:
     """Refuse an image of zero width or height.
 
     Raises:
         ValueError: naming the image and its size.
     """
-    size = image.size[::-1] if hasattr(image, "getbands") else get_image_size(to_numpy_array(image))
-    if 0 in size:
-        raise ValueError(f"image {index} has no pixels: height {size[0]}, width {size[1]}")
+    if hasattr(image, "getbands"):  # Pillow's
+        if 0 in image.size:
+            width, height = image.size
+            raise ValueError(f"image {index} has no pixels: height {height}, width {width}")
+    elif 0 in image.shape:
+        raise ValueError(f"image {index} has no pixels: its shape is {tuple(image.shape)}")
 
 
 def check_placeholders(text: str | list[str], image_token: str, num_images: int) -> None:

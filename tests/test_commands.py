@@ -36,7 +36,7 @@ def test_ask_without_pruning_keeps_all(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "no such image"), (b"no image", "cannot read"), (b"", "cannot read")],
+    [(None, "there is no image"), (b"no image", "cannot read"), (b"", "cannot read")],
 )
 def test_ask_says_what_is_wrong_with_an_image(tmp_path, capsys, content, sentence):
     image, picture = tmp_path / "image.png", tmp_path / "picture.png"

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from modeling_glimpseprune.stock import cache_of
 
+    from ..images import open_image
     from ..loading import load_model, prepare
     from ..package_files import SAMPLE_PAGE
 
@@ -52,23 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
     draw(image, record.visuals, arguments.output)
     print(f"picture: {arguments.output}")
     return 0
-
-
-def open_image(path: Path):
-    """Open an image file.
-
-    Raises:
-        ValueError: when there is no such file or it cannot be read as an image.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"no such image: {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
 def draw(image, visuals: list, output: Path) -> None:

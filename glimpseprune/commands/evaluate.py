@@ -86,7 +86,7 @@ def read_samples(
     import tempfile
 
     from ..data.visual_cot import read_visual_cot
-    from ..data.visual_cot_collator import open_image
+    from ..images import open_image
     from ..sample import Sample
 
     tiny_world = data is None

@@ -4,7 +4,8 @@ Two forms are read. JSON lines (`.jsonl`) are Visual-CoT's metadata, and the tin
 holds `question`, `answer`, `image` (a path relative to a folder), `bboxs` (a list of
 `[x0, y0, x1, y1]` in pixels, ends excluded), `dataset`, and the `width` and `height` that the boxes
 refer to. JSON (`.json`) is the form of its training set and its benchmark: a list of conversations,
-see `conversation_fields`. Other fields are ignored.
+see `conversation_fields`. Other fields are ignored. Boxes lie on the picture as people see it,
+turned where its EXIF orientation says so.
 """
 
 import json
@@ -16,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
+
+from ..images import PictureSize, picture_size
 
 FIELDS = ("question", "answer", "image", "bboxs", "dataset", "width", "height")
 BOX_REQUEST = "Please provide the bounding box"
@@ -124,7 +126,7 @@ def read_visual_cot(
 def _entries(
     path: Path,
     folder: Path,
-    known_images: dict[Path, tuple[int, int] | None],
+    known_images: dict[Path, PictureSize | None],
     optional: dict[str, object],
 ) -> Iterator[tuple[str, Callable[[], VisualCoTRow]]]:
     """Where each question stands in a file, and how to read it."""
@@ -176,35 +178,20 @@ def conversation_fields(entry: object) -> tuple[str, str, str, list[float]]:
 
 
 def _parse_conversation(
-    entry: object, folder: Path, known_images: dict[Path, tuple[int, int] | None]
+    entry: object, folder: Path, known_images: dict[Path, PictureSize | None]
 ) -> VisualCoTRow:
     """Boxes of published entries may reach over the image's edge; they are cut to it."""
     question, answer, name, box = conversation_fields(entry)
     image = folder / name
     if known_images.get(image) is None:
-        known_images[image] = image_size(image)
-    width, height = known_images[image]
+        known_images[image] = picture_size(image)
+    width, height, _ = known_images[image]
     boxes = []
     if box:
         x0, y0, x1, y1 = box
         boxes = [_box([max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)], width, height)]
     dataset = str(entry.get("dataset", image.parent.name))
     return VisualCoTRow(question, answer, image, tuple(boxes), width, height, dataset)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, read from the file's head.
-
-    Raises:
-        ValueError: when there is no such image.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no image {path}")
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
 def evidence_mask(
@@ -330,13 +317,27 @@ def _is_finite(value: object) -> bool:
 
 
 def _check_row(
-    row: VisualCoTRow, known_images: dict[Path, tuple[int, int] | None], need_boxes: bool
+    row: VisualCoTRow, known_images: dict[Path, PictureSize | None], need_boxes: bool
 ) -> None:
     if need_boxes and not row.boxes:
         raise ValueError(
             "bboxs is empty: without evidence there is nothing to learn from "
             "(skip_rows_without_boxes leaves such rows out)"
         )
+    if known_images.get(row.image) is None and row.boxes:
+        known_images[row.image] = picture_size(row.image)
     if row.image not in known_images and not row.image.is_file():
         raise ValueError(f"there is no image {row.image}")
     known_images.setdefault(row.image, None)
+    if row.boxes:
+        _check_turned(row, known_images[row.image])
+
+
+def _check_turned(row: VisualCoTRow, size: PictureSize) -> None:
+    """Refuse boxes on a picture that lies on its side."""
+    if size.on_its_side and (row.width - row.height) * (size.width - size.height) < 0:
+        raise ValueError(
+            f"width and height are {row.width} and {row.height}, those of {row.image} as it is "
+            f"stored, but its EXIF orientation turns it to {size.width} x {size.height}: give "
+            "width, height and boxes of the turned picture"
+        )

@@ -5,15 +5,14 @@ divides prompt and completion in every row.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import ProcessorMixin, Qwen2_5_VLProcessor
 
 from modeling_glimpseprune.processing_glimpseprune import ImageLayout
 from modeling_glimpseprune.stock import TRANSFORMERS_5
 
+from ..images import open_image
 from .visual_cot import VisualCoTRow, visible_evidence
 
 IGNORED_LABEL = -100
@@ -145,19 +144,6 @@ def repeat_visuals(
     of_images = pixels.split(grids.prod(1).tolist())  # patches of all images in one tensor
     repeated = torch.cat([of_images[image] for image in index.tolist()])
     return {"pixel_values": repeated, "image_grid_thw": grids[index]}
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read an image file as RGB.
-
-    Raises:
-        ValueError: naming the file, when it is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
 def _size(size: dict, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from glimpseprune.images import open_image
 from glimpseprune.metrics import exact_match
 
 IMAGE_FOLDER = Path("runs/pages")
@@ -11,8 +12,7 @@ IMAGE_FOLDER = Path("runs/pages")
 
 def doc_to_image(doc: dict) -> list[Image.Image]:
     """The page that a question is about."""
-    with Image.open(IMAGE_FOLDER / doc["image"]) as image:
-        return [image.convert("RGB")]
+    return [open_image(IMAGE_FOLDER / doc["image"])]
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from glimpseprune.images import open_image
 from glimpseprune.metrics import exact_match
 
 
 def doc_to_visual(doc: dict, lmms_eval_specific_kwargs: dict) -> list[Image.Image]:
     """The page."""
-    with Image.open(Path(lmms_eval_specific_kwargs["image_folder"], doc["image"])) as image:
-        return [image.convert("RGB")]
+    return [open_image(Path(lmms_eval_specific_kwargs["image_folder"], doc["image"]))]
 
 
 def doc_to_messages(doc: dict, lmms_eval_specific_kwargs: dict) -> list[dict]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from glimpseprune.data.visual_cot import conversation_fields, image_size
+from glimpseprune.data.visual_cot import conversation_fields
+from glimpseprune.images import open_image
 from glimpseprune.judge import Judge, JudgeConfig
 
 KEY = "OPENAI_API_KEY"
@@ -14,10 +15,8 @@ KEY = "OPENAI_API_KEY"
 
 def doc_to_visual(doc: dict, lmms_eval_specific_kwargs: dict) -> list[Image.Image]:
     """The image; ValueError names the file when it is missing."""
-    path = Path(lmms_eval_specific_kwargs["image_folder"], conversation_fields(doc)[2])
-    image_size(path)
-    with Image.open(path) as image:
-        return [image.convert("RGB")]
+    folder = lmms_eval_specific_kwargs["image_folder"]
+    return [open_image(Path(folder, conversation_fields(doc)[2]))]
 
 
 def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:

@@ -1,0 +1,65 @@
+"""Image files as people see them: RGB, and turned as their EXIF orientation says.
+
+Cameras store photos as their sensor lies and note beside them how to turn them. Every picture that
+this package opens goes through here, so sizes and boxes are those of the turned picture.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+ORIENTATION = ExifTags.Base.Orientation
+ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that exchange rows and columns
+
+
+class PictureSize(NamedTuple):
+    """Width and height in pixels of the turned picture, and whether its file has them exchanged."""
+
+    width: int
+    height: int
+    on_its_side: bool
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB, turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: naming the file, when there is none or it is not a readable image.
+    """
+    with _opened(path) as image:
+        try:
+            image = ImageOps.exif_transpose(image)
+        except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
+            pass
+        return image.convert("RGB")
+
+
+def picture_size(path: str | Path) -> PictureSize:
+    """The size that `open_image` gives, read from the file's head.
+
+    Raises:
+        ValueError: naming the file, when there is none or it is not a readable image.
+    """
+    with _opened(path) as image:
+        if image.format == "TIFF":
+            image.load()  # whereupon Pillow turns it by itself
+        try:
+            on_its_side = image.getexif().get(ORIENTATION) in ON_ITS_SIDE
+        except SyntaxError:
+            on_its_side = False
+        width, height = image.size[::-1] if on_its_side else image.size
+        return PictureSize(width, height, on_its_side)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no image {path}")
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error

@@ -8,6 +8,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from .assisted_decoding import AssistedDecodingMixin
 from .glimpse import Glimpse
 from .glimpse_record import GlimpseRecord, refuse_nan
 from .glimpse_weights import GlimpseWeightsMixin
@@ -22,7 +23,7 @@ from .visual_features import VisualFeatures
 ENCODED = "mm_encoder_outputs"
 
 
-class PruningGenerationMixin(GlimpseWeightsMixin):
+class PruningGenerationMixin(AssistedDecodingMixin, GlimpseWeightsMixin):
     """The model users hold: `generate` that prunes, and `glimpse`.
 
     A family puts it in front of the stock class, names the backbone, and shows the arguments of

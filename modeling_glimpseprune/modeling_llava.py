@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from .assisted_decoding import AssistedDecodingMixin  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
 from .decoder_layers import run_layer  # noqa: F401

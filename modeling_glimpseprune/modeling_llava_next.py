@@ -11,6 +11,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from .assisted_decoding import AssistedDecodingMixin  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_layers import run_layer  # noqa: F401

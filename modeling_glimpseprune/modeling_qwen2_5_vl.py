@@ -15,6 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
+from .assisted_decoding import HELD  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .decoder_layers import run_layer  # noqa: F401
@@ -185,6 +186,11 @@ class GlimpsePruneQwen2_5_VLForConditionalGeneration(
     forward = show_pruning_arguments(Qwen2_5_VLForConditionalGeneration.forward)(
         PruningGenerationMixin.forward
     )
+
+    @property
+    def undrafted_ids(self) -> list[int]:
+        """Also what opens an image: behind it transformers 4 expects a placeholder."""
+        return [*super().undrafted_ids, self.config.vision_start_token_id]
 
 
 def window_order(geometry: torch.Tensor, sizes: list[int], window: int) -> torch.Tensor:

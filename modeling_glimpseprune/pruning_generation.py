@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
+from .assisted_decoding import AssistedDecodingMixin
 from .glimpse import Glimpse
 from .glimpse_prefix import GlimpsePrefix
 from .glimpse_record import GlimpseRecord, refuse_nan
@@ -25,7 +26,7 @@ from .visual_features import VisualFeatures
 ENCODED = "mm_encoder_outputs"
 
 
-class PruningGenerationMixin(LookingMixin, GlimpseWeightsMixin):
+class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeightsMixin):
     """The model users hold: `generate` that prunes, and `glimpse`.
 
     A family puts it in front of the stock class, names the backbone, and shows the arguments of

@@ -58,13 +58,20 @@ def chat(question: str, with_image: bool = True) -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def prepare(processor: ProcessorMixin, images: list | None, questions: list[str]) -> dict:
-    """Model inputs of one question a row, left-padded; with an image each, or none at all."""
-    with_images = images is not None
+def prepare(
+    processor: ProcessorMixin, images: list | None, questions: list[str], prefix=None
+) -> dict:
+    """Model inputs of one question a row, left-padded; with an image each, or none at all.
+
+    Args:
+        prefix: what the model's `look` returned of the questions' image, which is not read again.
+    """
+    with_images = images is not None or prefix is not None
     texts = [
         processor.apply_chat_template(
             chat(question, with_images), add_generation_prompt=True, tokenize=False
         )
         for question in questions
     ]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt")
+    over = {} if prefix is None else {"prefix": prefix}
+    return processor(images=images, text=texts, padding=True, return_tensors="pt", **over)

@@ -36,6 +36,7 @@ from .looking import LookingMixin  # noqa: F401
 from .low_rank import low_rank_additions  # noqa: F401
 from .prefill import UNTRAINED  # noqa: F401
 from .prefix_file import read_parts  # noqa: F401
+from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import pruned_layer

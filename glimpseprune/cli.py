@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "ask": "answer a question about an image and show which visual tokens were kept",
     "calibrate": "choose the prune layer and the threshold of a checkpoint, without training",
+    "chat": "answer question after question about images that are looked at once",
     "convert-llava-base": "turn a LLaVA-1.5 base of its authors into the Hub's layout",
     "convert-official": "convert an official GlimpsePrune checkpoint into a Hub repository",
     "convert-stage1": "make a Hub repository of what train-stage1 wrote",

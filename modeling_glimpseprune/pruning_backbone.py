@@ -12,6 +12,7 @@ from .glimpse_weights import GlimpseWeightsMixin
 from .later_turns import (
     later_positions,
     new_visuals,
+    note_placeholders,
     past_length,
     positions_after_turn,
     prompt_positions,
@@ -29,6 +30,7 @@ from .stock import (
     OF_ENCODERS,
     add_encoded,
     backbone_names,
+    cache_of,
     embeddings_of,
     encoder_fields,
     given_cache,
@@ -163,8 +165,9 @@ class PruningModelMixin(GlimpseWeightsMixin):
         if encoded and arguments.prune is not False:
             self._check_boundary(arguments)
             request = self._prune_request(encoded, masks, arguments)
-        has_visuals = bool(encoded)
-        if has_visuals and past_length(cache):
+        has_visuals, is_fresh = bool(encoded), not past_length(cache)
+        placeholders = self.placeholders(input_ids, masks)
+        if has_visuals and not is_fresh:
             position_ids = self.turn_positions(
                 input_ids, position_ids, inputs_embeds, cache, encoded, kwargs
             )
@@ -192,6 +195,8 @@ class PruningModelMixin(GlimpseWeightsMixin):
         )
         if has_visuals and request is None:
             self.note_positions(outputs)
+        if is_fresh:
+            note_placeholders(cache_of(outputs), placeholders)
         add_encoded(outputs, encoded)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -284,6 +289,20 @@ class PruningModelMixin(GlimpseWeightsMixin):
         """
         visual = self.visual_token_ids.to(input_ids.device)
         return torch.isin(input_ids, visual).sum(1).tolist()
+
+    def placeholders(
+        self, input_ids: torch.LongTensor | None, masks: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
+        """`(batch, length)` bool, True at placeholders of any kind; None where nobody can tell.
+
+        Args:
+            masks: by kind, where visuals were encoded, for prompts without ids.
+        """
+        found = list((masks or {}).values())
+        if input_ids is not None:
+            kinds = self.visual_inputs
+            found = [input_ids == getattr(self.config, f"{kind}_token_id") for kind in kinds]
+        return torch.stack(found).any(0) if found else None
 
     @property
     def visual_token_ids(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .glimpse_weights import GlimpseWeightsMixin
 from .held_prompt import HeldPrompt, prune_layer_over
 from .later_turns import (
     later_positions,
+    note_placeholders,
     past_length,
     positions_after_turn,
     prompt_positions,
@@ -24,7 +25,7 @@ from .pruning_arguments import (
     validate_keep_mask,
     validate_log_keep,
 )
-from .stock import add_encoded, backbone_names, given_cache, take_cache
+from .stock import add_encoded, backbone_names, cache_of, given_cache, take_cache
 from .visual_encoding import VisualEncodingMixin
 from .visual_features import VisualFeatures
 from .visual_tokens import collect_visual_tokens
@@ -95,8 +96,9 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             request = self._prune_request(encoded, masks, arguments, held)
         elif arguments.hold:
             raise ValueError("this prompt has no image or video to look at")
-        has_visuals = bool(encoded)
-        if has_visuals and past_length(cache):
+        has_visuals, is_fresh = bool(encoded), not past_length(cache)
+        placeholders = self.placeholders(input_ids, masks)
+        if has_visuals and not is_fresh:
             position_ids = self.turn_positions(
                 input_ids, position_ids, inputs_embeds, cache, encoded, kwargs
             )
@@ -120,6 +122,8 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         )
         if has_visuals and request is None:
             self.note_positions(outputs)
+        if is_fresh:
+            note_placeholders(cache_of(outputs), placeholders)
         add_encoded(outputs, encoded)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()

@@ -14,7 +14,7 @@ from .glimpse import Glimpse
 from .glimpse_prefix import GlimpsePrefix
 from .glimpse_record import GlimpseRecord, refuse_nan
 from .glimpse_weights import GlimpseWeightsMixin
-from .later_turns import past_length
+from .later_turns import check_placeholders, past_length
 from .looking import LookingMixin
 from .prefill import UNTRAINED
 from .pruned_cache import pruned_layer
@@ -133,12 +133,19 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         return cache.glimpse
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """Leave out images and videos that a kept cache has seen already."""
+        """Leave out images and videos that a kept cache has seen already.
+
+        Raises:
+            ValueError: when the cache holds another prompt's.
+        """
         inputs, name, model_kwargs = super()._prepare_model_inputs(
             inputs, bos_token_id, model_kwargs
         )
-        past = past_length(model_kwargs.get(CACHE_NAME))
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        past = past_length(cache)
         if past and name == "input_ids":
+            if mask is None or mask.shape[-1] == inputs.shape[1]:  # else ids of new tokens alone
+                check_placeholders(cache, self.model.placeholders(inputs))
             model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
         return inputs, name, model_kwargs
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -395,13 +396,14 @@ class TestBadInput:
         other.glimpse(**row, **given_cache(prefix))  # the same weights
         other.model.language_model.layers[0].self_attn.q_proj.weight.data.mul_(1.01)
         with pytest.raises(ValueError, match="another model, or by this one with other weights"):
-            other.generate(**row, **given_cache(prefix))
+            other.generate(**row, **given_cache(prefix), max_new_tokens=2)
 
     def test_no_cache_wanted(self, over):
         model, row, prefix = over
-        for call in (model.generate, model):
+        inputs = without_pixels(row) | given_cache(prefix)
+        for call in (partial(model.generate, max_new_tokens=2), model):
             with pytest.raises(ValueError, match="use_cache=False cannot be combined"):
-                call(**without_pixels(row), **given_cache(prefix), use_cache=False)
+                call(**inputs, use_cache=False)
 
     def test_too_many_rows(self, over, build_batch):
         model, row, prefix = over
@@ -425,14 +427,14 @@ class TestBadInput:
     def test_another_prune_layer(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="made for prune_layer 1, not 2"):
-            model.generate(**row, **given_cache(prefix), prune_layer=2)
+            model.generate(**row, **given_cache(prefix), prune_layer=2, max_new_tokens=2)
 
     def test_a_mask_that_does_not_fit(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="visual_keep_mask must have shape"):
-            model.generate(
-                **row, **given_cache(prefix), visual_keep_mask=torch.ones(3, dtype=torch.bool)
-            )
+            mask = torch.ones(3, dtype=torch.bool)
+            inputs = row | given_cache(prefix)
+            model.generate(**inputs, visual_keep_mask=mask, max_new_tokens=2)
 
     def test_writing(self, over):
         _, _, prefix = over
@@ -448,7 +450,7 @@ class TestBadInput:
     def test_chunks(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="prefill_chunk_size"):
-            model.generate(**row, **given_cache(prefix), prefill_chunk_size=2)
+            model.generate(**row, **given_cache(prefix), prefill_chunk_size=2, max_new_tokens=2)
 
     def test_a_look_at_nothing(self, over, build_batch):
         model, row, prefix = over

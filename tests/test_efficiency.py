@@ -92,11 +92,17 @@ def test_an_early_point_is_measured_beside_the_late_one(build_models, tmp_path):
         assert early["ratios"][f"{name}, P = K"] == late["ratios"][name]
     assert early["ratios"]["decoder operations"] < late["ratios"]["decoder operations"]
     assert len(early["every time"]["first token"]["at K"]) == early["repetitions"]
-    results = {"machine": {}, "settings": {}, "points": [late, early]}
-    write_page(results, tmp_path / "efficiency.md")
     ratios = early["ratios"]
+    cell = f"{ratios['first token']:.3f} ({ratios['first token, P = K']:.3f})"
+    both = {"machine": {"device": "another"}, "settings": {}, "points": [late, early]}
+    write_page(both, tmp_path / "efficiency.md")
+    assert cell in (tmp_path / "efficiency.md").read_text()
+    without = {"machine": {"device": "a machine"}, "settings": {}, "points": [late]}
+    write_page(without, tmp_path / "efficiency.md")
+    assert cell not in (tmp_path / "efficiency.md").read_text()
+    write_page(without, tmp_path / "efficiency.md", both)
     page = (tmp_path / "efficiency.md").read_text()
-    assert f"{ratios['first token']:.3f} ({ratios['first token, P = K']:.3f})" in page
+    assert cell in page and "another" in page and "a machine" in page
 
 
 @pytest.mark.parametrize("geometry", [*REAL, SCALED])

@@ -31,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only-page", action="store_true", help="write the page from results that are there"
     )
+    parser.add_argument(
+        "--early", type=Path, help="results whose sweep of prune layers the page shows"
+    )
     parser.add_argument("--geometry", choices=(*REAL, SCALED), default=SCALED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -75,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         ):
             write_json(results, content | {"points": points})
     if arguments.page:
-        write_page(read_json(results), arguments.page)
+        early = read_json(arguments.early) if arguments.early else None
+        write_page(read_json(results), arguments.page, early)
     return 0
 
 

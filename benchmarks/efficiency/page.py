@@ -53,8 +53,13 @@ LAW_LAYERS, LAW_RETENTION = (9, 14, 18, 23), (0.03, 0.04, 0.1, 0.25, 0.5)
 PAPER_PROMPT, PAPER_KEPT, TEXT = 5074, 202, 60
 
 
-def write_page(results: dict, page: Path) -> None:
-    """Write the page, and a plot a sweep beside it."""
+def write_page(results: dict, page: Path, early: dict | None = None) -> None:
+    """Write the page, and a plot a sweep beside it.
+
+    Args:
+        results: content of a results file.
+        early: of another one, whose sweep of prune layers is shown in place of this one's.
+    """
     points = results["points"]
     centre = points[0]
     sections = [
@@ -63,7 +68,7 @@ def write_page(results: dict, page: Path) -> None:
         "## Sweeps\n\n" + _sweeps(points, page),
         "## Where the time goes\n\n" + _profiles(centre["profiles"]),
         "## The law of the prefill's cost\n\n" + _law(),
-        "## Dropping early, looking ahead\n\n" + _early_law() + _early_times(points),
+        "## Dropping early, looking ahead\n\n" + _early_law() + _early_times(early or results),
     ]
     if not str(results["machine"].get("device", "")).startswith("NVIDIA"):
         sections.append("## On a GPU\n\n" + ON_A_GPU)
@@ -71,8 +76,6 @@ def write_page(results: dict, page: Path) -> None:
 
 
 def _introduction(results: dict) -> str:
-    machine, settings = results["machine"], results["settings"]
-    described = ", ".join(f"{name}: {value}" for name, value in (machine | settings).items())
     repetitions = sorted({point["repetitions"] for point in results["points"]})
     unpruned = sorted(point["ratios"]["unpruned first token"] for point in results["points"])
     return f"""# Efficiency
@@ -85,10 +88,15 @@ ratios of calls that followed one another. Retention is the kept share of the vi
 layer P, and is forced. Peak memory on a CPU follows the tensors that operations return
 (`LiveBytes`); what kernels need inside themselves is not in it.
 
-{described}; repetitions: {" or ".join(map(str, repetitions))} (the JSON says which).
+{_described(results)}; repetitions: {" or ".join(map(str, repetitions))} (the JSON says which).
 
 How far to trust a ratio of times: `prune=False` runs the stock computations (the same operations by
 count), and its ratios range from {unpruned[0]:.2f} to {unpruned[-1]:.2f}."""
+
+
+def _described(results: dict) -> str:
+    described = results["machine"] | results["settings"]
+    return ", ".join(f"{name}: {value}" for name, value in described.items())
 
 
 def _flags(points: list[dict]) -> str:
@@ -283,9 +291,9 @@ Where it loses:
   `glimpseprune calibrate` measures both."""
 
 
-def _early_times(points: list[dict]) -> str:
+def _early_times(results: dict) -> str:
     """What was measured below P = K, a row a prompt length and prune layer."""
-    early = [each for each in points if each["point"]["sweep"] == "prune_layer"]
+    early = [each for each in results["points"] if each["point"]["sweep"] == "prune_layer"]
     if not early:
         return ""
     names = ("first token", "first token without vision", "peak memory", "decoder operations")
@@ -300,13 +308,18 @@ def _early_times(points: list[dict]) -> str:
         layer = each["point"]["prune_layer"]
         rows.append(f"| {each['visual']} | {layer} | " + " | ".join(cells) + " |")
     layers, point = early[0]["layers"], early[0]["point"]
+    unpruned = sorted(each["ratios"]["unpruned first token"] for each in early)
     return f"""
 
-Measured in the run of the sweeps above, K = {point["glimpse_layer"]} of {layers}, \
-{point["retention"]:.0%} kept. A cell is the ratio to stock, and in
+Measured, K = {point["glimpse_layer"]} of {layers}, {point["retention"]:.0%} kept, \
+{early[0]["repetitions"]} repetitions. A cell is the ratio to stock, and in
 brackets that with P = K, whose calls were taken in turns with the others:
 
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}
+
+`prune=False` came to {unpruned[0]:.2f} to {unpruned[-1]:.2f} of stock there. Flags
+`{_flags(results["points"])}`;
+{_described(results)}."""
 
 
 def _of_another_model(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-from transformers import AutoProcessor, PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
 from glimpseprune.families import Family
-from glimpseprune.hub.shards import ConversionError, read_json
+from glimpseprune.hub.shards import ConversionError
 from glimpseprune.loading import errors_only
 from glimpseprune.portable import make_processor_portable
 from glimpseprune.tokenizer_files import read_as_filed
@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_prompt_ids(folder: Path, base: Path, family: Family, config: PretrainedConfig) -> None:
-    """Compare a repository's ids of a few prompts with those of its base's own processor.
+    """Compare a repository's ids of a few prompts with those of its base's processor.
 
+    Both are of the family's class, which computes as the stock one; which tokenizer each takes is
+    transformers' choice, by the model types in their configurations, their class names and files.
     Nothing is compared where the base holds no tokenizer. A release of transformers that reads the
     base's tokenizer otherwise than its file says is told of in a warning, and the file counts.
 
@@ -48,10 +50,9 @@ def check_prompt_ids(folder: Path, base: Path, family: Family, config: Pretraine
     """
     if not (base / "tokenizer_config.json").exists():
         return
-    stock = read_json(base / "config.json")["model_type"] == family.base_model_type
     with errors_only():
         ours = _load(family.processor_class, folder, "repository")
-        theirs = _load_base(AutoProcessor if stock else family.processor_class, base)
+        theirs = _load_base(family.processor_class, base)
         found, expected = _all_ids(ours, config, "repository"), _all_ids(theirs, config, "base")
         rebuilt = TRANSFORMERS_5 and type(theirs.tokenizer) is not PreTrainedTokenizerFast
         if found != expected and family.tokenizer_as_filed and rebuilt:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from conversion.model_card import ModelCard, base_licence, render_card
+from conversion.prompt_ids import check_prompt_ids
 from glimpseprune.families import Family
 from glimpseprune.hub.folders import place_file, vacant_sibling
 from glimpseprune.hub.redaction import reasons
@@ -141,7 +142,8 @@ def write_repository(
 
     Raises:
         ConversionError: when an input is missing or damaged, tensors are missing, unexpected or of
-            a wrong shape, a field cannot be, or `publication` refuses the result.
+            a wrong shape, a field cannot be, the processor's ids are not the base's, or
+            `publication` refuses the result.
         ValueError: when `output` is not empty.
     """
     config = build_config(read_json(base / "config.json"), family, glimpse_fields, publication)
@@ -155,6 +157,7 @@ def write_repository(
         _write_generation_config(folder, base, model_config)
         copy_code(folder)
         _copy_processor(folder, base, family)
+        check_prompt_ids(folder, base, family, model_config)
         _copy_licence(folder, base)
         card = render_card(publication.card, config, base_licence(base / CARD_FILE))
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
@@ -377,7 +380,12 @@ def _write_generation_config(folder: Path, base: Path, config: PretrainedConfig)
 
 def _copy_processor(folder: Path, base: Path, family: Family) -> None:
     copy_processor_files(folder, base)
-    make_processor_portable(folder)
+    if family.tokenizer_as_filed and _lacks_tokenizer_file(folder):
+        raise ConversionError(
+            f"{base} holds no tokenizer.json, which the repository's tokenizer is read from: write "
+            f"one with AutoTokenizer.from_pretrained({str(base)!r}).save_pretrained(...)"
+        )
+    make_processor_portable(folder, family.tokenizer_as_filed)
     for name in PROCESSOR_CONFIGS:
         if (folder / name).exists():
             content = read_json(folder / name)
@@ -385,6 +393,10 @@ def _copy_processor(folder: Path, base: Path, family: Family) -> None:
             auto_map = content.get("auto_map", {})
             content["auto_map"] = auto_map | {"AutoProcessor": family.auto_map["AutoProcessor"]}
             write_json(folder / name, content)
+
+
+def _lacks_tokenizer_file(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists()
 
 
 def _copy_licence(folder: Path, base: Path) -> None:

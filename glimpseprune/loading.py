@@ -1,5 +1,7 @@
 """Loading a GlimpsePrune repository as its users do; by default the tiny one that comes along."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import logging as transformers_logging
 
 from .hub.remote_code import with_code
 from .package_files import TINY_MODEL
@@ -50,6 +53,17 @@ def load_model(
     processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)
     processor.tokenizer.padding_side = "left"
     return model.to(device).eval(), processor
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep transformers from warning of what is meant so: new weights, types it does not know."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def chat(question: str, with_image: bool = True) -> list[dict]:

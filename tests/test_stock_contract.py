@@ -329,7 +329,10 @@ def test_no_mask_and_no_positions(shared_models, family, mode, part):
 @torch.no_grad()
 def test_positions_are_the_callers(pair):
     positions = pair.inputs["attention_mask"].cumsum(-1) + 2
-    compare(lambda model, settings: model(**pair.inputs, position_ids=positions, **settings), pair)
+    compare(
+        lambda model, settings: model(**pair.inputs, position_ids=positions, **settings).logits,
+        pair,
+    )
 
 
 @torch.no_grad()
@@ -355,6 +358,23 @@ def test_rows_of_a_batch_are_rows_alone(pair, batch):
         alone = pair.pruned(**row, **settings).logits[0]
         found = together[i, pair.real[i]]
         assert_near(found, alone, 1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_several_sequences(shared_models, family, mode):
+    """Positions start again where a sequence does."""
+    batch = batch_of(family, rows=1)
+    pair = pair_of(shared_models(5), mode, batch)
+    inputs = without(batch.inputs, "attention_mask")
+    length = inputs["input_ids"].shape[1]
+    positions = torch.cat([torch.arange(length - 3), torch.arange(3)])[None]
+    if pair.pruned.model.positions_from_ids:
+        positions = positions.expand(4, 1, -1)
+    compare(
+        lambda model, settings: model(**inputs, position_ids=positions, **settings).logits,
+        pair,
+        "packed rows",
+    )
 
 
 # Encoded visuals.
@@ -449,6 +469,15 @@ def test_gradients(build_models, batch, mode, name):
         if name == "reentrant":
             model.enable_input_require_grads()
     compare(lambda model, settings: gradients_of(model, batch.inputs, settings), pair)
+
+
+def test_training_without_labels(build_models, batch, mode):
+    pair = pair_of(build_models(5), mode, batch)
+
+    def question(model, settings):
+        return model.train()(**batch.inputs, **settings).logits
+
+    compare(question, pair, "no boundary")
 
 
 def test_dropout_draws_the_same(family, batch):

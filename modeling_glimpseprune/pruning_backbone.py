@@ -35,7 +35,7 @@ from .stock import (
     in_stock_form,
     take_cache,
 )
-from .visual_features import VisualFeatures, tap_outputs
+from .visual_features import VisualFeatures, described, tap_outputs
 from .visual_tokens import collect_visual_tokens
 
 
@@ -357,13 +357,7 @@ class PruningModelMixin(GlimpseWeightsMixin):
                 visuals of another class.
         """
         config = self.config
-        for kind, features in encoded.items():
-            if not isinstance(features, dict) or "glimpse_views" not in features:
-                raise ValueError(
-                    f"mm_encoder_outputs[{kind!r}], a {type(features).__name__}, does not say "
-                    f"where visual tokens lie: give what this model's encode_visual({kind!r}, ...) "
-                    "returns, or use prune=False"
-                )
+        encoded = {kind: described(kind, encoded[kind]) for kind in encoded}
         self.check_config()
         settings = {}
         for name in CALL_SETTINGS:

@@ -27,7 +27,7 @@ from .pruning_arguments import (
 )
 from .stock import add_encoded, backbone_names, cache_of, given_cache, take_cache
 from .visual_encoding import VisualEncodingMixin
-from .visual_features import VisualFeatures
+from .visual_features import VisualFeatures, described
 from .visual_tokens import collect_visual_tokens
 
 
@@ -215,13 +215,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
                 visuals of another class.
         """
         config = self.config
-        for kind, features in encoded.items():
-            if not isinstance(features, dict) or "glimpse_views" not in features:
-                raise ValueError(
-                    f"mm_encoder_outputs[{kind!r}], a {type(features).__name__}, does not say "
-                    f"where visual tokens lie: give what this model's encode_visual({kind!r}, ...) "
-                    "returns, or use prune=False"
-                )
+        encoded = {kind: described(kind, encoded[kind]) for kind in encoded}
         self.check_config()
         settings = {}
         for name in CALL_SETTINGS:

@@ -21,7 +21,7 @@ from .pruned_cache import pruned_layer
 from .pruning_arguments import validate_keep_mask
 from .row_boundaries import first_labelled
 from .stock import CACHE_NAME, cache_of, counts_positions, given_cache, take_cache
-from .visual_features import VisualFeatures
+from .visual_features import VisualFeatures, described
 
 ENCODED = "mm_encoder_outputs"
 
@@ -255,6 +255,9 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
             new_ids: see `new_placeholders`.
         """
         repeated = {}
+        if encoded := inputs.get(ENCODED):
+            prunes = inputs.get("prune") is not False
+            encoded = {kind: described(kind, encoded[kind], prunes) for kind in encoded}
         if (keep_mask := inputs.get("visual_keep_mask")) is not None:
             counts = self.model.visual_counts(new_ids, **inputs)
             cache = inputs.get(CACHE_NAME)
@@ -264,7 +267,7 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
             validate_keep_mask(keep_mask, sum(counts))
             rows = [row.repeat(repeats) for row in keep_mask.split(counts)]
             repeated["visual_keep_mask"] = torch.cat(rows)
-        if encoded := inputs.get(ENCODED):
+        if encoded:
             self._check_placeholders(new_ids, encoded)
             repeated[ENCODED] = {
                 kind: features.repeat_rows(self._placeholders(new_ids, kind).tolist(), repeats)
@@ -313,7 +316,8 @@ def completion_start(
 
     Args:
         labels: `(batch, length)`, see `first_labelled`.
-        logits_to_keep: n > 1 asks for the last prompt token's logits and n - 1 tokens after it.
+        logits_to_keep: n > 1, but not all, asks for the last prompt token's logits and n - 1 tokens
+            after it.
         input_ids: `(batch, length)`.
 
     Returns:
@@ -321,6 +325,7 @@ def completion_start(
     """
     if labels is not None:
         return first_labelled(labels)
-    if isinstance(logits_to_keep, int) and logits_to_keep > 1 and input_ids is not None:
-        return input_ids.shape[1] - logits_to_keep + 1
-    return None
+    if not isinstance(logits_to_keep, int) or input_ids is None:
+        return None
+    length = input_ids.shape[1]
+    return length - logits_to_keep + 1 if 1 < logits_to_keep < length else None

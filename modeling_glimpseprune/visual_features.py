@@ -55,7 +55,7 @@ class VisualFeatures(BaseModelOutputWithPooling):
         """The features of some images, each as often as it is named."""
         return VisualFeatures(
             pooler_output=[self.pooler_output[image] for image in images],
-            glimpse_views=[self.glimpse_views[image] for image in images],
+            glimpse_views=self.glimpse_views and [self.glimpse_views[image] for image in images],
         )
 
     def repeat_rows(self, placeholders: list[int], repeats: int) -> "VisualFeatures":
@@ -74,6 +74,28 @@ class VisualFeatures(BaseModelOutputWithPooling):
                 remaining -= size
             selected += row * repeats
         return self.select(selected)
+
+
+def described(kind: str, features: dict, prunes: bool = True) -> VisualFeatures:
+    """Encoded visuals that a call gave, which need not come from our encoders.
+
+    Args:
+        kind: `"image"` or `"video"`.
+        features: an output with a `pooler_output`.
+        prunes: whether the call asks where visual tokens lie.
+
+    Raises:
+        ValueError: when they do not say it.
+    """
+    if isinstance(features, dict) and "glimpse_views" in features:
+        return features
+    if prunes:
+        raise ValueError(
+            f"mm_encoder_outputs[{kind!r}], a {type(features).__name__}, does not say where visual "
+            f"tokens lie: give what this model's encode_visual({kind!r}, ...) returns, or use "
+            "prune=False"
+        )
+    return VisualFeatures(pooler_output=features.pooler_output)
 
 
 def whole_images(

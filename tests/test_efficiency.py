@@ -1,8 +1,11 @@
 """The efficiency benchmark on tiny models: what it measures is measured, and the page shows it."""
 
+import time
+
 import pytest
 import torch
 
+from benchmarks.efficiency.measurement import CLOCKS, StepClock, clocked_module
 from benchmarks.efficiency.page import write_page
 from benchmarks.efficiency.points import Centre, Point, measure, points_of
 from benchmarks.efficiency.workload import REAL, SCALED, Pair, build_config, build_prompt
@@ -48,6 +51,23 @@ def test_a_point(build_models):
         assert min(result[seconds].values()) > 0
     assert set(result["profiles"]) == {"stock", "pruned", "pruned decode step"}
     assert "decode step" not in measured(models, new_tokens=1, sweep="new_tokens")["ratios"]
+
+
+class Waits(torch.nn.Module):
+    def forward(self):
+        time.sleep(0.2)
+
+
+def test_waiting_is_on_the_wall_clock_alone():
+    seconds = {}
+    for name, clock in CLOCKS.items():
+        module = Waits()
+        with clocked_module(module, torch.device("cpu"), clock) as of_module:
+            steps = StepClock(torch.device("cpu"), clock)
+            module()
+            steps(torch.zeros(1, 1), None)
+        seconds[name] = [*of_module, *steps.seconds]
+    assert min(seconds["wall"]) >= 0.2 > max(seconds["processor"])
 
 
 def test_page(build_models, tmp_path):

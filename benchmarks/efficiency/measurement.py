@@ -14,25 +14,29 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import StoppingCriteria
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 STAGES = ("vision", "decoder up to P", "decoder above P", "predictor", "head")
 
 
 class StepClock(StoppingCriteria):
     """Notes the time at which each token of a generation is there.
 
+    Args:
+        clock: returns seconds.
+
     Attributes:
         seconds: from the start to the first token, then of each decode step.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.clock = device, clock
         self.seconds: list[float] = []
         synchronise(device)
-        self.last = time.perf_counter()
+        self.last = clock()
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         synchronise(self.device)
-        now = time.perf_counter()
+        now = self.clock()
         self.seconds.append(now - self.last)
         self.last = now
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -53,17 +57,19 @@ def in_turns(calls: dict[str, Callable], repetitions: int) -> dict[str, list]:
 
 
 @contextmanager
-def clocked_module(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+def clocked_module(
+    module: nn.Module, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[list[float]]:
     """The seconds of each call of a module inside the context."""
     seconds: list[float] = []
 
     def start(*args) -> None:
         synchronise(device)
-        seconds.append(-time.perf_counter())
+        seconds.append(-clock())
 
     def stop(*args) -> None:
         synchronise(device)
-        seconds[-1] += time.perf_counter()
+        seconds[-1] += clock()
 
     handles = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
     try:

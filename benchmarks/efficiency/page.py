@@ -58,7 +58,7 @@ def write_page(results: dict, page: Path, early: dict | None = None) -> None:
 
     Args:
         results: content of a results file.
-        early: of another one, whose sweep of prune layers is shown in place of this one's.
+        early: of another one, whose points below P = K are shown in place of these.
     """
     points = results["points"]
     centre = points[0]
@@ -293,7 +293,7 @@ Where it loses:
 
 def _early_times(results: dict) -> str:
     """What was measured below P = K, a row a prompt length and prune layer."""
-    early = [each for each in results["points"] if each["point"]["sweep"] == "prune_layer"]
+    early = [each for each in results["points"] if "first token, P = K" in each["ratios"]]
     if not early:
         return ""
     names = ("first token", "first token without vision", "peak memory", "decoder operations")

@@ -60,11 +60,17 @@ def chat(question: str, with_image: bool = True) -> list[dict]:
 
 def prepare(processor: ProcessorMixin, images: list | None, questions: list[str]) -> dict:
     """Model inputs of one question a row, left-padded; with an image each, or none at all."""
-    with_images = images is not None
-    texts = [
+    texts = prompt_texts(processor, questions, images is not None)
+    return processor(images=images, text=texts, padding=True, return_tensors="pt")
+
+
+def prompt_texts(
+    processor: ProcessorMixin, questions: list[str], with_images: bool = True
+) -> list[str]:
+    """The chat template's prompts, one image placeholder in each of them or none."""
+    return [
         processor.apply_chat_template(
             chat(question, with_images), add_generation_prompt=True, tokenize=False
         )
         for question in questions
     ]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt")

@@ -80,12 +80,18 @@ def prepare(
     Args:
         prefix: what the model's `look` returned of the questions' image, which is not read again.
     """
-    with_images = images is not None or prefix is not None
-    texts = [
+    texts = prompt_texts(processor, questions, images is not None or prefix is not None)
+    over = {} if prefix is None else {"prefix": prefix}
+    return processor(images=images, text=texts, padding=True, return_tensors="pt", **over)
+
+
+def prompt_texts(
+    processor: ProcessorMixin, questions: list[str], with_images: bool = True
+) -> list[str]:
+    """The chat template's prompts, one image placeholder in each of them or none."""
+    return [
         processor.apply_chat_template(
             chat(question, with_images), add_generation_prompt=True, tokenize=False
         )
         for question in questions
     ]
-    over = {} if prefix is None else {"prefix": prefix}
-    return processor(images=images, text=texts, padding=True, return_tensors="pt", **over)

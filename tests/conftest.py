@@ -55,6 +55,7 @@ NEWEST_ONLY = {
     "test_hub_configs",
     "test_inspection",
     "test_judge",
+    "test_look_cost",
     "test_metrics",
     "test_packaging",
     "test_publishing_robustness",

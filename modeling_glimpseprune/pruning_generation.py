@@ -133,7 +133,7 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         return cache.glimpse
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """Leave out images and videos that a kept cache has seen already.
+        """Leave out images and videos that a kept cache has seen already; encode parts of others.
 
         Raises:
             ValueError: when the cache holds another prompt's.
@@ -147,7 +147,8 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
             if mask is None or mask.shape[-1] == inputs.shape[1]:  # else ids of new tokens alone
                 check_placeholders(cache, self.model.placeholders(inputs))
             model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
-        return inputs, name, model_kwargs
+        ids = inputs[:, past:] if name == "input_ids" else None
+        return inputs, name, self.model.encode_ahead(ids, model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Plain positions over a kept cache, where the backbone counts on from it (transformers 5).

@@ -17,8 +17,8 @@ from .pruned_cache import MARKS, ROW_MARKS, PrunedLayer
 from .shared_layer import SharedLayer, shared_cache
 from .visual_tokens import VisualTokens
 
-HELD_TENSORS = ("states", "position_ids", "rows")
-TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index")
+HELD_TENSORS = ("states", "position_ids", "rows", "order")
+TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index", "encoded")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class GlimpsePrefix(DynamicCache):
     @property
     def settled_length(self) -> int:
         """Tokens in front of those held, of earlier turns whose visual tokens were chosen."""
-        return self.get_seq_length() - self.held.length
+        return self.get_seq_length() - self.held.logical_length
 
     @property
     def prune_layer(self) -> int:
@@ -167,6 +167,7 @@ class GlimpsePrefix(DynamicCache):
         notes = {name: getattr(first, name) for name in MARKS} | {
             "layers": len(self.layers),
             "prune_layer": held.prune_layer,
+            "left_out": held.dropped,
             "features": len(tokens.features),
             "kinds": tokens.kinds,
             "sizes": tokens.sizes,
@@ -195,8 +196,16 @@ class GlimpsePrefix(DynamicCache):
             sizes=notes["sizes"],
             **{name: tensors.get(f"tokens.{name}") for name in TOKEN_TENSORS},
         )
-        states, positions = tensors["states"], tensors["position_ids"]
-        held = HeldPrompt(states, positions, rows, tokens, item_rows.tolist(), notes["prune_layer"])
+        held = HeldPrompt(
+            tensors["states"],
+            tensors["position_ids"],
+            rows,
+            tokens,
+            item_rows.tolist(),
+            notes["prune_layer"],
+            tensors.get("order"),
+            notes["left_out"],
+        )
         pixels = [{int(column): each for column, each in of_row} for of_row in notes["pixels"]]
         ids, mask = (tensors[name].cpu() for name in ("input_ids", "mask"))
         return cls(layers, held, PrefixOrigin(ids, mask, pixels, notes["made_by"]))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from transformers.cache_utils import Cache
 
+from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .given_visuals import GivenVisualsMixin
 from .glimpse import Glimpse
 from .glimpse_prefix import GlimpsePrefix, check_made_by
@@ -87,7 +88,8 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         if isinstance(cache, GlimpsePrefix):
             cache, held = self._fork(cache, len(inputs_embeds), kwargs)
         describes = arguments.prune is not False or past_length(cache) > 0
-        encoded = self._encode(mm_encoder_outputs, kwargs, describes)
+        choice = self._encode_choice(arguments, mm_encoder_outputs)
+        encoded = self._encode(mm_encoder_outputs, kwargs, describes, choice, input_ids)
         masks = self._placeholder_masks(input_ids, inputs_embeds, encoded)
         inputs_embeds = self._merge(inputs_embeds, encoded, masks)
         request = None
@@ -127,6 +129,41 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         add_encoded(outputs, encoded)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def encode_ahead(self, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
+        """A generation's inputs with its visuals encoded, where a part of them is asked for.
+
+        Args:
+            input_ids: `(batch, new tokens)`, or None where the prompts came as embeddings.
+            inputs: its other inputs.
+        """
+        inputs = dict(inputs)
+        given = {name: inputs.pop(name, None) for name in ENCODE_ARGUMENTS}
+        arguments = PruningArguments(prune=inputs.get("prune"), **given)
+        choice = self._encode_choice(arguments, inputs.get("mm_encoder_outputs"))
+        pixels = [names[0] for names in self.visual_inputs.values()]
+        if choice.is_all or all(inputs.get(name) is None for name in pixels):
+            return inputs
+        return inputs | {"mm_encoder_outputs": self._encode(None, inputs, True, choice, input_ids)}
+
+    def _encode_choice(
+        self, arguments: PruningArguments, encoded: dict[str, VisualFeatures] | None
+    ) -> EncodeChoice:
+        """What to encode of the visuals of a call.
+
+        Raises:
+            ValueError: when the call asks for a part of visuals that are encoded already, or not
+                to be pruned.
+        """
+        given = {name: getattr(arguments, name) for name in ENCODE_ARGUMENTS}
+        tolerance, mask = (given[name] for name in ENCODE_ARGUMENTS)
+        asks = mask is not None or not (tolerance is None or tolerance is False)
+        if asks and (encoded or arguments.prune is False):
+            raise ValueError(
+                "redundant_patches and visual_encode_mask are for pixels of a prompt that is "
+                "pruned: leave them out with prune=False and with mm_encoder_outputs"
+            )
+        return EncodeChoice() if arguments.prune is False else self.encode_choice(given)
 
     def _fork(self, prefix: GlimpsePrefix, batch: int, inputs: dict) -> tuple[Cache, HeldPrompt]:
         """What a call over a prefix goes on with.

@@ -18,12 +18,13 @@ from .later_turns import check_placeholders, past_length
 from .looking import LookingMixin
 from .prefill import UNTRAINED
 from .pruned_cache import pruned_layer
-from .pruning_arguments import validate_keep_mask
+from .pruning_arguments import validate_mask
 from .row_boundaries import first_labelled
-from .stock import CACHE_NAME, cache_of, counts_positions, given_cache, take_cache
+from .stock import CACHE_NAME, ENCODES_FIRST, cache_of, counts_positions, given_cache, take_cache
 from .visual_features import VisualFeatures, described
 
 ENCODED = "mm_encoder_outputs"
+VISUAL_MASKS = ("visual_keep_mask", "visual_encode_mask")
 
 
 class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeightsMixin):
@@ -133,7 +134,7 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         return cache.glimpse
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """Leave out images and videos that a kept cache has seen already.
+        """Leave out images and videos that a kept cache has seen already; encode parts of others.
 
         Raises:
             ValueError: when the cache holds another prompt's.
@@ -147,6 +148,9 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
             if mask is None or mask.shape[-1] == inputs.shape[1]:  # else ids of new tokens alone
                 check_placeholders(cache, self.model.placeholders(inputs))
             model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
+        ids = inputs[:, past:] if name == "input_ids" else None
+        if ENCODES_FIRST:
+            model_kwargs = self.model.encode_ahead(ids, model_kwargs)
         return inputs, name, model_kwargs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -239,7 +243,7 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         if expand_size > 1:
             new_ids = self.new_placeholders(input_ids, model_kwargs)
             model_kwargs |= self._repeated_visuals(new_ids, model_kwargs, expand_size)
-        held = {name: model_kwargs.pop(name, None) for name in ("visual_keep_mask", ENCODED)}
+        held = {name: model_kwargs.pop(name, None) for name in (*VISUAL_MASKS, ENCODED)}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
@@ -254,19 +258,21 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         Args:
             new_ids: see `new_placeholders`.
         """
-        repeated = {}
+        repeated, counts = {}, []
         if encoded := inputs.get(ENCODED):
             prunes = inputs.get("prune") is not False
             encoded = {kind: described(kind, encoded[kind], prunes) for kind in encoded}
-        if (keep_mask := inputs.get("visual_keep_mask")) is not None:
+        masks = {name: inputs[name] for name in VISUAL_MASKS if inputs.get(name) is not None}
+        if masks:
             counts = self.model.visual_counts(new_ids, **inputs)
-            cache = inputs.get(CACHE_NAME)
-            if isinstance(cache, GlimpsePrefix):
+        for name, mask in masks.items():
+            of_rows, cache = counts, inputs.get(CACHE_NAME)
+            if isinstance(cache, GlimpsePrefix) and name == "visual_keep_mask":
                 held = cache.visual_counts(len(new_ids))
-                counts = [sum(both) for both in zip(held, counts, strict=True)]
-            validate_keep_mask(keep_mask, sum(counts))
-            rows = [row.repeat(repeats) for row in keep_mask.split(counts)]
-            repeated["visual_keep_mask"] = torch.cat(rows)
+                of_rows = [sum(both) for both in zip(held, counts, strict=True)]
+            validate_mask(mask, sum(of_rows), name)
+            rows = [row.repeat(repeats) for row in mask.split(of_rows)]
+            repeated[name] = torch.cat(rows)
         if encoded:
             self._check_placeholders(new_ids, encoded)
             repeated[ENCODED] = {

@@ -21,6 +21,7 @@ class ImageView:
         places: `(tokens,)` ascending index of each among its image's placeholders. Placeholders
             that no view names are no visual tokens: they are never dropped.
         name: what the view is called, or None for the only one of an image.
+        encoded: `(tokens,)` bool, False at tokens that the encoder did not see, or None for all.
     """
 
     taps: list[torch.Tensor]
@@ -28,6 +29,7 @@ class ImageView:
     grid: torch.Tensor
     places: torch.Tensor
     name: str | None = None
+    encoded: torch.Tensor | None = None
 
 
 @dataclass
@@ -104,6 +106,7 @@ def whole_images(
     geometry: torch.Tensor,
     grids: torch.Tensor,
     skipped: int = 0,
+    encoded: torch.Tensor | None = None,
 ) -> VisualFeatures:
     """Features of images whose placeholders are visual tokens of one view.
 
@@ -113,12 +116,16 @@ def whole_images(
         geometry: `(N, 6)`, see `token_geometry`.
         grids: `(images, 3)` frames, height and width of each image in tokens.
         skipped: placeholders at the start of each image that are no visual tokens.
+        encoded: `(N,)` bool, False at tokens that the encoder did not see, or None for all.
     """
     sizes = [len(of_image) - skipped for of_image in embeddings]
     taps = zip(*(layer.split(sizes) for layer in layers), strict=True)
     places = [torch.arange(size, device=geometry.device) + skipped for size in sizes]
     parts = zip(taps, geometry.split(sizes), grids, places, strict=True)
     views = [[ImageView(list(layers), *where)] for layers, *where in parts]
+    if encoded is not None:
+        for (view,), of_image in zip(views, encoded.split(sizes), strict=True):
+            view.encoded = of_image
     return VisualFeatures(pooler_output=embeddings, glimpse_views=views)
 
 

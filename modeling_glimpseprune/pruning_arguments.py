@@ -30,9 +30,8 @@ class PruningArguments:
         prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
             one block over the pruned cache, as when decoding. Default of the whole model: where
             `labels` begin; else, with `logits_to_keep=n` below the length, all but the last n - 1
-            tokens are prompt,
-            as in assisted decoding and in trl; else everything is. Where rows differ it is a tensor
-            `(batch,)`, padding counted, and no cache is returned.
+            tokens are prompt, as in assisted decoding and in trl; else everything is. Where rows
+            differ it is a tensor `(batch,)`, padding counted, and no cache is returned.
         in_place: score only: keep every token and let the completion see the glimpse token.
         only_glimpse: for backbones: stop after layer K; the record is on the returned cache.
         compact_output: for backbones: return kept tokens only, packed to the right, instead of the

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from .journal import Journal
 from .questions import Questions
-from .units import Unit, left_of, units_of_window
+from .units import Unit, units_of_window
 
 
 class AnswersUnits(Protocol):
@@ -37,10 +37,11 @@ class Job:
     window_rows: int
     masks: bool = False
 
-    def units(self, window: int, done: frozenset[int], alone: bool = False) -> Iterator[Unit]:
-        """What of a window is to be asked; see `left_of`."""
+    def units(self, window: int, done: frozenset[int]) -> Iterator[Unit]:
+        """The units of a window whose numbers are not among those done."""
         for unit in units_of_window(self.questions, window, self.window_rows, self.batch_size):
-            yield from left_of(unit, done, alone)
+            if unit.index not in done:
+                yield unit
 
 
 Engine = Callable[[Job, Journal, Callable[[], None]], None]

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..portable import read_json, write_json
-
 try:
     import fcntl
 except ImportError:  # not on Windows, where nothing keeps two runs from one output
@@ -147,10 +145,10 @@ def begin(output: Path, settings: dict[str, object]) -> bool:
             raise ValueError(f"there is an output {output} already: remove it or name another")
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = beside(output, "run.json.partial")
-        write_json(unfinished, settings)
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(run)
         return True
-    begun = read_json(run)
+    begun = json.loads(run.read_text(encoding="utf-8"))
     names = sorted(begun.keys() | settings.keys())
     changed = [name for name in names if begun.get(name) != settings.get(name)]
     if changed:

@@ -43,6 +43,15 @@ class Unit:
         """All rows, in the order in which they are asked."""
         return [row for group in self.groups for row in group.rows]
 
+    @property
+    def of_rows(self) -> list["Unit"]:
+        """Each row as a unit by itself."""
+        return [
+            Unit(self.window, self.index, (OfImage(group.image, (row,)),))
+            for group in self.groups
+            for row in group.rows
+        ]
+
 
 def units_of_window(
     questions: Questions, window: int, window_rows: int, batch_size: int
@@ -74,24 +83,6 @@ def by_image(rows: Iterable[Row]) -> list[OfImage]:
         images.setdefault(key, row.image)
         members.setdefault(key, []).append(replace(row, image=None))
     return [OfImage(images[key], tuple(of_image)) for key, of_image in members.items()]
-
-
-def left_of(unit: Unit, done: frozenset[int], alone: bool = False) -> list[Unit]:
-    """What of a unit is to be asked: itself, or its rows, as units whose numbers are negative.
-
-    Args:
-        done: numbers of what of its window is answered.
-        alone: ask row by row. So goes a unit of which some rows were answered alone before.
-    """
-    if unit.index in done:
-        return []
-    rows = [
-        Unit(unit.window, -1 - row.number, (OfImage(group.image, (row,)),))
-        for group in unit.groups
-        for row in group.rows
-    ]
-    left = [row for row in rows if row.index not in done]
-    return left if alone or len(left) < len(rows) else [unit]
 
 
 def _key(row: Row) -> object:

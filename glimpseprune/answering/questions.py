@@ -143,9 +143,7 @@ class DatasetFolder:
 
     def __init__(self, path: Path, folder: Path):
         self.path, self.folder = path, folder
-        dataset = self._open()
-        _check_columns(path, dataset.column_names)
-        self.length = len(dataset)
+        self.length = len(self._open())
 
     def __len__(self) -> int:
         return self.length
@@ -169,6 +167,7 @@ class DatasetFolder:
                 f"{self.path} holds the splits {', '.join(dataset)}: give the folder of one, such "
                 f"as {self.path / next(iter(dataset))}"
             )
+        _check_columns(self.path, dataset.column_names)
         names = [name for name in FIELDS if name in dataset.column_names]
         dataset = dataset.select_columns(names)
         if isinstance(dataset.features.get("image"), Image):

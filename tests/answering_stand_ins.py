@@ -3,17 +3,24 @@
 import argparse
 import hashlib
 import os
+import random
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 from glimpseprune.answering.job import Job
+from glimpseprune.answering.journal import beside
 from glimpseprune.answering.local_engine import answer_locally
 from glimpseprune.answering.pictures import read_picture
 from glimpseprune.answering.questions import open_questions
+from glimpseprune.answering.ray_engine import RayPool
 from glimpseprune.answering.results import answered, failed, sentence_of
 from glimpseprune.answering.run import answer_questions
+
+STAND_IN = __file__
+TESTS = Path(__file__).parent
 
 
 class PixelTeller:
@@ -71,6 +78,34 @@ class PixelTeller:
             return sentence_of(error)
 
 
+def can_run_stand_ins(monkeypatch) -> None:
+    """Let processes that a test starts find the package and this file."""
+    path = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+
+
+def run_until_done(command: list[str], output: Path, kills: int, within: float, seed: int) -> int:
+    """Kill a command at random points, then let it end; returns how often it was cut short.
+
+    Args:
+        within: seconds that it works, at most, before it is killed.
+    """
+    generator, cut, journal = random.Random(seed), 0, beside(output, "journal")
+    for kill in range(kills):
+        size = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = monotonic()
+        while process.poll() is None and monotonic() - begun < 120:
+            if kill % 5 == 4 or (journal.exists() and journal.stat().st_size > size):
+                break  # most are cut at work, some while they begin
+            sleep(0.005)
+        sleep(generator.uniform(0, within))
+        process.send_signal(signal.SIGKILL)
+        cut += process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, capture_output=True)
+    return cut
+
+
 def run_stand_in(
     questions: Path,
     output: Path,
@@ -98,7 +133,11 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--reads", action="store_true")
     parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--ray", action="store_true")
     arguments = parser.parse_args()
     make_answerer = partial(PixelTeller, arguments.seconds, arguments.reads)
-    run_stand_in(arguments.questions, arguments.output, make_answerer, window_rows=arguments.window)
+    options = {"window_rows": arguments.window}
+    if arguments.ray:
+        options["engine"] = RayPool(actors=1, cpus=0.5, address="local")
+    run_stand_in(arguments.questions, arguments.output, make_answerer, **options)
     print("peak of memory in KiB:", peak_of_memory())

@@ -2,13 +2,10 @@
 
 import base64
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -17,7 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from answering_stand_ins import PixelTeller, run_stand_in
+from answering_stand_ins import (
+    STAND_IN,
+    PixelTeller,
+    can_run_stand_ins,
+    run_stand_in,
+    run_until_done,
+)
 from PIL import Image
 
 from glimpseprune.answering.answerer import Answerer, AnswerSettings, DeviceLost
@@ -32,8 +35,6 @@ from glimpseprune.loading import load_model
 from glimpseprune.package_files import TINY_MODEL
 from glimpseprune.tiny_world.dataset import write_pages
 
-TESTS = Path(__file__).parent
-STAND_IN = str(TESTS / "answering_stand_ins.py")
 PAGES, QUESTIONS = 4, 12
 POISON = [
     {"question": "What is this?", "image": "damaged.png"},
@@ -298,31 +299,8 @@ def test_damage_in_a_journal_is_asked_again(mixed, tmp_path):
     assert output.read_bytes() == expected.read_bytes()
 
 
-def run_until_done(command: list[str], output: Path, kills: int, within: float, seed: int) -> int:
-    """Kill a command at random points, then let it end; returns how often it was cut short."""
-    generator, cut = random.Random(seed), 0
-    for kill in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        journal, before = beside(output, "journal"), time.monotonic()
-        size = journal.stat().st_size if journal.exists() else 0
-        while process.poll() is None and time.monotonic() - before < 120:
-            if kill % 5 == 4 or (journal.exists() and journal.stat().st_size > size):
-                break  # most are cut at work, some while they begin
-            time.sleep(0.005)
-        time.sleep(generator.uniform(0, within))
-        process.send_signal(signal.SIGKILL)
-        cut += process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True, capture_output=True)
-    return cut
-
-
-def environment_with_tests(monkeypatch) -> None:
-    path = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
-
-
 def test_a_killed_run_ends_in_the_same_file(mixed, tmp_path, monkeypatch):
-    environment_with_tests(monkeypatch)
+    can_run_stand_ins(monkeypatch)
     expected, output = tmp_path / "expected.parquet", tmp_path / "answers.parquet"
     run_stand_in(mixed, expected)
     command = [sys.executable, STAND_IN, str(mixed), str(output), "--reads", "--seconds", "0.1"]
@@ -468,7 +446,7 @@ def peak_of_memory(folder: Path, rows: int, monkeypatch) -> int:
             images = [generator.bytes(20 << 10) for _ in range(min(1000, rows - first))]
             columns = {"question": [f"What is {first + n}?" for n in range(len(images))]}
             writer.write_table(pyarrow.table(columns | {"image": images}, schema))
-    environment_with_tests(monkeypatch)
+    can_run_stand_ins(monkeypatch)
     output = folder / f"{rows}_answers.parquet"
     command = [sys.executable, STAND_IN, str(questions), str(output), "--window", "256"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -4,18 +4,25 @@ The tests need Ray (`pip install '.[ray]'`) and skip without it.
 """
 
 import json
-import os
 import random
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import answering_stand_ins
 import pytest
-from answering_stand_ins import PixelTeller, run_stand_in
+from answering_stand_ins import (
+    STAND_IN,
+    PixelTeller,
+    can_run_stand_ins,
+    run_stand_in,
+    run_until_done,
+)
+from PIL import Image
 
 from glimpseprune.answering.ray_engine import RayPool
 from glimpseprune.cli import main
@@ -49,8 +56,6 @@ def cluster():
 @pytest.fixture
 def questions(tmp_path):
     """Forty rows about four images, one of which is none."""
-    from PIL import Image
-
     for number in range(3):
         Image.new("RGB", (8, 8), (number, 50, 99)).save(tmp_path / f"{number}.png")
     rows = [{"question": f"{n}?", "image": f"{n % 4}.png"} for n in range(40)]
@@ -177,8 +182,6 @@ def two_nodes():
 @pytest.mark.slow
 def test_two_nodes_share_a_job(local, questions, tmp_path):
     """`pytest tests/test_answer_ray.py -m slow`: an actor on each, with a stand-in and a model."""
-    import time
-
     ray.shutdown()
     command, expected = local
     with two_nodes() as address:
@@ -206,6 +209,11 @@ def test_two_nodes_share_a_job(local, questions, tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_of_a_run_over_ray(questions, tmp_path):
-    """The process that started the job is killed; its actors end with it."""
-    assert os.environ is not None
+def test_a_killed_run_over_ray_ends_in_the_same_file(questions, tmp_path, monkeypatch):
+    """`pytest tests/test_answer_ray.py -m slow`: what started the job is killed."""
+    can_run_stand_ins(monkeypatch)
+    expected, output = tmp_path / "expected.jsonl", tmp_path / "answers.jsonl"
+    run_stand_in(questions, expected)
+    command = [sys.executable, STAND_IN, str(questions), str(output), "--reads", "--ray"]
+    assert run_until_done([*command, "--seconds", "1"], output, kills=3, within=1.0, seed=0) == 3
+    assert output.read_bytes() == expected.read_bytes()

@@ -23,7 +23,7 @@ READERS = 4  # of images at once
 LOST_DEVICE = ("CUDA error", "device-side assert", "HIP error")
 
 
-class DeviceLost(RuntimeError):
+class DeviceLost(OSError):
     """The accelerator answers no more: the process has to end, and the unit is asked again."""
 
 
@@ -221,7 +221,10 @@ def checked(error: Exception) -> str:
         DeviceLost: when it is no failure of the row.
     """
     if any(sign in str(error) for sign in LOST_DEVICE):
-        raise DeviceLost(f"the accelerator is lost: {sentence_of(error)}") from error
+        raise DeviceLost(
+            f"the accelerator is lost ({sentence_of(error)}): start the same command again, which "
+            "goes on where this one was"
+        ) from error
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return f"too large for the memory: {sentence_of(error)}"

@@ -6,6 +6,7 @@ import logging
 import sys
 
 COMMANDS = {
+    "answer": "answer many questions about many images, on one machine or a cluster",
     "ask": "answer a question about an image and show which visual tokens were kept",
     "calibrate": "choose the prune layer and the threshold of a checkpoint, without training",
     "chat": "answer question after question about images that are looked at once",

@@ -6,6 +6,7 @@ this package opens goes through here, so sizes and boxes are those of the turned
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +24,22 @@ class PictureSize(NamedTuple):
     on_its_side: bool
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | BytesIO, max_pixels: int | None = None) -> Image.Image:
     """Read an image file as RGB, turned as its EXIF orientation says.
 
+    Args:
+        path: of the file, or its content.
+        max_pixels: larger images are refused before they are read.
+
     Raises:
-        ValueError: naming the file, when there is none or it is not a readable image.
+        ValueError: naming the file, when there is none, it is not a readable image or too large.
     """
     with _opened(path) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(
+                f"the image {_name(path)} is too large: {image.width} x {image.height} pixels, "
+                f"more than {max_pixels}"
+            )
         try:
             image = ImageOps.exif_transpose(image)
         except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
@@ -55,11 +65,15 @@ def picture_size(path: str | Path) -> PictureSize:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    if not Path(path).is_file():
+def _opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
+    if not isinstance(path, BytesIO) and not Path(path).is_file():
         raise ValueError(f"there is no image {path}")
     try:
         with Image.open(path) as image:
             yield image
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+        raise ValueError(f"cannot read the image {_name(path)}: {error}") from error
+
+
+def _name(path: str | Path | BytesIO) -> str:
+    return "given as bytes" if isinstance(path, BytesIO) else str(path)

@@ -129,6 +129,7 @@ def test_a_part_equals_the_whole_with_the_rest_hidden(models, name):
             assert not found[~seen].any()
 
 
+@pytest.mark.feature("parts of images encoded")
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
 def test_generation_equals_hidden(models, name):
@@ -162,6 +163,7 @@ def test_everything_encoded_is_off(models, name):
         assert cache_of(output).glimpse.encoded is None
 
 
+@pytest.mark.feature("parts of images encoded")
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
@@ -221,6 +223,7 @@ def test_layers_and_attentions_as_the_caller_sees_the_prompt():
         assert ((seen - 1).abs() < 1e-5).logical_or(seen == 0).all()
 
 
+@pytest.mark.feature("parts of images encoded")
 @torch.no_grad()
 def test_prefixes_hold_what_was_encoded(models):
     model, batch = models.pruned, build_batch(PROMPTS["batch"])
@@ -256,6 +259,7 @@ def test_a_prefix_and_an_own_image_each_in_part(models, tmp_path):
         assert_equals_fresh(generate(model, inputs, 3, max_keep_ratio=0.3), fresh)
 
 
+@pytest.mark.feature("parts of images encoded")
 @torch.no_grad()
 def test_later_turns(models):
     """A later image in part, behind one in part; text behind both."""
@@ -289,6 +293,7 @@ def test_later_turns(models):
         assert_near(step_logits(later, row), step_logits(again, 0))
 
 
+@pytest.mark.feature("parts of images encoded")
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}])
 @torch.no_grad()
 def test_ways_of_generating(models, options):

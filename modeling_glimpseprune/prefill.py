@@ -67,6 +67,7 @@ class Prefill:
         mask, self.rotary = self.decoder_run.mask_and_rotary(block, first_layer=0)
         for index in range(last + 1):
             self._add_glimpse_vectors(index)
+            self.decoder_run.enter(index, block)
             query_states = block.hidden_states[:, self._query]
             run = run_attention if index == last else run_layer
             self.decoder_run.step(run, index, block, mask, self.rotary)
@@ -82,8 +83,9 @@ class Prefill:
     def hold(self) -> torch.Tensor:
         """Put the tokens on the cache, to wait there for what comes behind them."""
         request, block, cache = self.request, self.block, self.decoder_run.cache
-        states, own = block.hidden_states, block.length
+        states, own, additions = block.hidden_states, block.length, block.additions
         if request.held is not None:
+            additions = request.held.with_additions(states, additions)
             states = request.held.with_states(states)
             block.join(request.held)
         block.order = torch.arange(block.length, device=states.device).expand(len(states), -1)
@@ -97,6 +99,7 @@ class Prefill:
             request.tokens,
             request.tokens.item_rows.tolist(),
             request.prune_layer,
+            additions,
         )
         return states[:, -own:]
 
@@ -168,7 +171,7 @@ class Prefill:
             block.hidden_states = run_mlp(run.layers[request.prune_layer], block.hidden_states)
         before = self._add_glimpse_vectors if request.in_place else None
         run.whole_layers(block, request.prune_layer + 1, len(run.layers), before)
-        hidden_states = run.decoder.norm(block.hidden_states)
+        hidden_states = run.leave(block)
         if not request.in_place:
             self._finish()
             if request.compact_output and not run.outputs.wants_hidden_states:

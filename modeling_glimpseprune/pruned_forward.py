@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .decoder_run import DecoderRun
+from .layer_additions import LayerAdditions
 from .layer_outputs import LayerOutputs, spread
 from .prefill import Prefill
 from .prune_request import PruneRequest
@@ -37,6 +38,7 @@ class _Call:
         position_ids: `(..., batch, length)`, the family's rotary positions.
         prompt_length: tokens of the prompt.
         held_length: tokens in front of them that a prefix holds, which are part of the prompt.
+        additions: what visuals add to them between layers.
     """
 
     inputs_embeds: torch.Tensor
@@ -44,6 +46,7 @@ class _Call:
     position_ids: torch.Tensor
     prompt_length: int
     held_length: int = 0
+    additions: LayerAdditions | None = None
 
     @property
     def length(self) -> int:
@@ -73,6 +76,7 @@ class _Call:
         past_slots = past.physical_length
         end = self.prompt_length - part.start
         end = end if 0 < end <= length else length
+        added = {} if self.additions is None else self.additions.laid_out(self.inputs_embeds)
         return TokenBlock(
             states,
             position_ids,
@@ -85,6 +89,7 @@ class _Call:
             prompt_length=self.held_length + self.prompt_length,
             glimpse_slice=slice(end, end),
             next_position=self.next_position,
+            additions={layer: each[:, part] for layer, each in added.items()},
         )
 
 
@@ -100,9 +105,13 @@ class PrunedForwardMixin:
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prune_request: PruneRequest | None = None,
+        layer_additions: LayerAdditions | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The stock forward, or with a `prune_request` the split one.
+
+        Args:
+            layer_additions: what visuals add between layers.
 
         Raises:
             ValueError: for what cannot be combined with pruning.
@@ -123,6 +132,7 @@ class PrunedForwardMixin:
             adopt_layers(cache, len(self.layers))
             run = DecoderRun(self, cache, outputs)
             call = self._call(inputs_embeds, attention_mask, position_ids, cache, prune_request)
+            call.additions = layer_additions
             use_cache = self.config.use_cache if use_cache is None else use_cache
             if isinstance(prune_request.prompt_length, torch.Tensor):
                 return self._run_aligned(run, call, prune_request, asked)
@@ -140,6 +150,8 @@ class PrunedForwardMixin:
         if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
+        if layer_additions is not None:
+            kwargs |= self.stock_additions(layer_additions, inputs_embeds)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -162,6 +174,10 @@ class PrunedForwardMixin:
         batch, length = inputs_embeds.shape[:2]
         positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
         return positions.expand(batch, -1)
+
+    def stock_additions(self, additions: LayerAdditions, inputs_embeds: torch.Tensor) -> dict:
+        """The stock forward's arguments for what visuals add between layers, if it has any."""
+        raise NotImplementedError
 
     def _asked(self, output: str, kwargs: dict) -> bool | int | list[int]:
         """Which outputs of layers the caller wants: all, none, or those of some indices."""
@@ -235,6 +251,7 @@ class PrunedForwardMixin:
             rows.attention_mask,
             rows.move_positions(call.position_ids),
             rows.prompt_length,
+            additions=call.additions and call.additions.moved(rows),
         )
         tokens = request.tokens.moved_by(rows.shift)
         request = replace(request, tokens=tokens, prompt_length=rows.prompt_length)
@@ -290,7 +307,7 @@ class PrunedForwardMixin:
             block.log_keep = pad(past_log_keep, (0, block.length))
         stop = request.prune_layer + 1 if request.only_glimpse else len(self.layers)
         run.whole_layers(block, 0, stop)
-        return self.norm(block.hidden_states)
+        return run.leave(block)
 
 
 def _check_visuals_in_prompt(tokens: VisualTokens, prompt_length: int, length: int) -> None:

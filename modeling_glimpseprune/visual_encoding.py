@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .glimpse import Glimpse
+from .layer_additions import LayerAdditions
 from .stock import AS_OUTPUT, OF_ENCODERS, embeddings_of, encoder_fields, in_stock_form
 from .visual_features import VisualFeatures, tap_outputs
 
@@ -16,12 +17,14 @@ class VisualEncodingMixin:
     Attributes:
         visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
+        adds_between_layers: whether encoders return something to add between decoder layers, too.
     """
 
     config: object
     glimpse: Glimpse
     visual_inputs: dict[str, tuple[str, ...]] = {}
     visual_notes: dict[str, tuple[str, ...]] = {}
+    adds_between_layers = False
 
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
@@ -54,19 +57,25 @@ class VisualEncodingMixin:
             ValueError: for a field of the configuration that cannot be.
         """
         self.check_config()
-        encode = getattr(super(), f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
-            outputs = encode(**inputs, **AS_OUTPUT)
+            outputs = self.run_encoder(kind, **inputs, **AS_OUTPUT)
         pixels, *others = self.visual_inputs[kind]
         others = {name: inputs[name] for name in others if inputs.get(name) is not None}
-        features = self.describe_visuals(embeddings_of(outputs), taps, **others)
-        return replace(features, **encoder_fields(outputs))
+        embeddings, added = embeddings_of(outputs, self.adds_between_layers)
+        features = self.describe_visuals(embeddings, taps, **others)
+        return replace(features, deepstack_features=added, **encoder_fields(outputs))
 
     def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
         """Encode by the stock method alone; arguments as for `encode_visual`."""
         self.check_config()
-        outputs = getattr(super(), f"get_{kind}_features")(**inputs, **AS_OUTPUT)
-        return VisualFeatures(pooler_output=embeddings_of(outputs), **encoder_fields(outputs))
+        outputs = self.run_encoder(kind, **inputs, **AS_OUTPUT)
+        embeddings, added = embeddings_of(outputs, self.adds_between_layers)
+        fields = {"pooler_output": embeddings, "deepstack_features": added}
+        return VisualFeatures(**fields, **encoder_fields(outputs))
+
+    def run_encoder(self, kind: str, **inputs):
+        """Call the stock method `get_{kind}_features`."""
+        return getattr(super(), f"get_{kind}_features")(**inputs)
 
     def asked_of_encoders(self, asked: dict) -> dict:
         """What a call asks to see of layers, as far as the stock backbone hands it to encoders."""
@@ -133,3 +142,14 @@ class VisualEncodingMixin:
             mask = masks[kind][..., None].expand_as(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(mask, embeddings)
         return inputs_embeds
+
+    def _layer_additions(
+        self, encoded: dict[str, VisualFeatures], masks: dict[str, torch.Tensor]
+    ) -> LayerAdditions | None:
+        """What encoded visuals add between decoder layers, if they do."""
+        if not encoded or not self.adds_between_layers:
+            return None
+        features = [
+            [torch.cat(list(layer)) for layer in encoded[kind].deepstack_features] for kind in masks
+        ]
+        return LayerAdditions(list(masks.values()), features)

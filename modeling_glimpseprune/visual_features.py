@@ -36,9 +36,12 @@ class VisualFeatures(BaseModelOutputWithPooling):
 
     Attributes:
         pooler_output: one `(placeholders, hidden)` tensor an image.
+        deepstack_features: for each of the decoder's first layers what is added behind it, one
+            `(placeholders, hidden)` tensor an image; None in most families.
         glimpse_views: for each image its views, in prompt order.
     """
 
+    deepstack_features: list[Sequence[torch.Tensor]] | None = None
     glimpse_views: list[list[ImageView]] | None = None
 
     def to_tuple(self) -> tuple:
@@ -53,8 +56,12 @@ class VisualFeatures(BaseModelOutputWithPooling):
 
     def select(self, images: Sequence[int]) -> "VisualFeatures":
         """The features of some images, each as often as it is named."""
+        added = self.deepstack_features
+        if added is not None:
+            added = [[layer[image] for image in images] for layer in added]
         return VisualFeatures(
             pooler_output=[self.pooler_output[image] for image in images],
+            deepstack_features=added,
             glimpse_views=[self.glimpse_views[image] for image in images],
         )
 

@@ -67,6 +67,8 @@ class DecoderRun:
     def leave(self, block: TokenBlock) -> torch.Tensor:
         """A block's states behind the last layer and the final norm, `(batch, tokens, hidden)`."""
         block.add(len(self.layers))
+        if self.outputs.wants_hidden_states:
+            self.outputs.add_unnormed(block.shown())
         return self.decoder.norm(block.hidden_states)
 
     def step(

@@ -1,5 +1,7 @@
 """GlimpsePrune for Qwen3-VL: Qwen2.5-VL without windows, and with features added between layers."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -38,11 +40,21 @@ from .row_boundaries import AlignedRows  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401
 from .shared_layer import shared_cache  # noqa: F401
-from .stock import multimodal_positions
+from .stock import given_cache  # noqa: F401
+from .stock_qwen3_vl import (
+    BaseModelOutputWithDeepstackFeatures,
+    multimodal_positions,
+    with_layers_shown,
+)
 from .token_block import TokenBlock  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
-from .visual_features import VisualFeatures  # noqa: F401
+from .visual_features import VisualFeatures
 from .visual_tokens import VisualTokens  # noqa: F401
+
+
+@dataclass
+class Qwen3VLVisualFeatures(VisualFeatures, BaseModelOutputWithDeepstackFeatures):
+    """Output of the vision encoder, which the stock class's users know."""
 
 
 class GlimpsePruneQwen3VLTextModel(QwenTextMixin, Qwen3VLTextModel):
@@ -66,8 +78,11 @@ class GlimpsePruneQwen3VLModel(QwenBackboneMixin, Qwen3VLModel):
     vision_class = Qwen3VLVisionModel
     text_model_class = GlimpsePruneQwen3VLTextModel
     adds_between_layers = True
+    features_class = Qwen3VLVisualFeatures
 
-    forward = show_pruning_arguments(Qwen3VLModel.forward)(QwenBackboneMixin.forward)
+    forward = show_pruning_arguments(Qwen3VLModel.forward)(
+        with_layers_shown(QwenBackboneMixin.forward)
+    )
     get_image_features = show_arguments(Qwen3VLModel.get_image_features)(
         QwenBackboneMixin.get_image_features
     )
@@ -83,9 +98,10 @@ class GlimpsePruneQwen3VLModel(QwenBackboneMixin, Qwen3VLModel):
 
     def own_positions(self, input_ids, inputs_embeds, cache, inputs, prunes):
         """The stock backbone takes no ids beside embeddings, so they are derived here."""
-        if input_ids is None:
+        positions = multimodal_positions(self, input_ids, inputs_embeds, cache, inputs)
+        if positions is None:
             return super().own_positions(input_ids, inputs_embeds, cache, inputs, prunes)
-        return multimodal_positions(self, input_ids, inputs_embeds, cache, inputs)
+        return positions
 
 
 class GlimpsePruneQwen3VLForConditionalGeneration(
@@ -99,5 +115,5 @@ class GlimpsePruneQwen3VLForConditionalGeneration(
     config_class = GlimpsePruneQwen3VLConfig
     backbone_class = GlimpsePruneQwen3VLModel
     forward = show_pruning_arguments(Qwen3VLForConditionalGeneration.forward)(
-        QwenGenerationMixin.forward
+        with_layers_shown(QwenGenerationMixin.forward)
     )

@@ -116,18 +116,15 @@ class PrunedForwardMixin:
         Raises:
             ValueError: for what cannot be combined with pruning.
         """
-        cache = take_cache(kwargs, cache)
+        cache, layers = take_cache(kwargs, cache), kwargs.pop("layers", {})
         if prune_request is not None:
             past = 0 if cache is None else cache.get_seq_length()
             self._check_prunable(attention_mask, position_ids, past, prune_request)
             _check_covered(attention_mask, inputs_embeds)
             refuse_unknown_tensors(kwargs)
             asked = self._asked("output_hidden_states", kwargs)
-            outputs = LayerOutputs(
-                len(self.layers),
-                bool(asked),
-                bool(self._asked("output_attentions", kwargs)),
-            )
+            wanted = bool(asked), bool(self._asked("output_attentions", kwargs))
+            outputs = LayerOutputs(len(self.layers), *wanted)
             cache = DynamicCache() if cache is None else cache
             adopt_layers(cache, len(self.layers))
             run = DecoderRun(self, cache, outputs)
@@ -135,15 +132,19 @@ class PrunedForwardMixin:
             call.additions = layer_additions
             use_cache = self.config.use_cache if use_cache is None else use_cache
             if isinstance(prune_request.prompt_length, torch.Tensor):
-                return self._run_aligned(run, call, prune_request, asked)
+                returned = self._run_aligned(run, call, prune_request, asked)
+                layers |= outputs.told(returned)
+                return returned
             last_hidden_state = self._run_pruned(run, call, prune_request)
             finished = not (prune_request.only_glimpse or prune_request.hold)
-            return outputs_with_cache(
+            returned = outputs_with_cache(
                 last_hidden_state,
                 cache if use_cache and prune_request.visual_log_keep is None else None,
                 hidden_states=outputs.hidden_states(last_hidden_state, asked) if finished else None,
                 attentions=outputs.attentions() if finished else None,
             )
+            layers |= outputs.told(returned)
+            return returned
         layer = pruned_layer(cache)
         if layer is not None:
             refuse_unknown_tensors(kwargs)
@@ -163,6 +164,7 @@ class PrunedForwardMixin:
         )
         if layer is not None and outputs.attentions is not None:
             outputs.attentions = tuple(_over_prompt(each, layer) for each in outputs.attentions)
+            layers["attentions"] = outputs.attentions
         return outputs
 
     def rotary_position_ids(

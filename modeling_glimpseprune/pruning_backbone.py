@@ -109,9 +109,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         if (additions := self._layer_additions(encoded, masks)) is not None:
             kwargs["layer_additions"] = additions
         if request is not None:  # a long prefill can use the memory
-            encoded = {
-                kind: replace(features, glimpse_views=None) for kind, features in encoded.items()
-            }
+            encoded = {kind: features.without_views() for kind, features in encoded.items()}
         del masks
         outputs = super().forward(
             input_ids=input_ids if self.takes_ids_beside_embeddings else None,

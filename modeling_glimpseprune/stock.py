@@ -1,6 +1,7 @@
 """Everything that is assumed of transformers, and where its releases differ.
 
-The only file that asks for a version or knows a name that a release changed. `tests/test_stock.py`
+This file and `stock_qwen3_vl.py`, which is of that family alone, are the only ones that ask for a
+version or know a name that a release changed. `tests/test_stock.py`
 holds each assumption against the installed release, so that the next change fails there first.
 
 | what | 4.57 | 5.8 to 5.23 | 5.24 |
@@ -14,7 +15,6 @@ holds each assumption against the installed release, so that the next change fai
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import transformers
@@ -174,6 +174,7 @@ def plain_rotary(
 # Whether hidden states of a layer show what visuals add to its input: in transformers 4 they do, as
 # it is added in place.
 STATES_SHOW_ADDITIONS = not TRANSFORMERS_5
+LAYER_OUTPUTS = ("hidden_states", "attentions")
 
 
 def number_of_tokens(query: int | torch.Tensor) -> int:
@@ -185,42 +186,33 @@ def number_of_tokens(query: int | torch.Tensor) -> int:
 AS_OUTPUT = {"return_dict": True} if TRANSFORMERS_5 else {}
 
 
-def embeddings_of(features, adds_between_layers: bool) -> tuple[Sequence, list[Sequence] | None]:
-    """What the stock encoder returned for the decoder.
+def encoder_fields(outputs, adds_between_layers: bool) -> dict:
+    """What the stock encoder returned, by the names and in the order of transformers 5.
+
+    Images are told apart in all that the decoder takes.
 
     Args:
         adds_between_layers: whether it returns something to add between decoder layers.
-
-    Returns:
-        The embeddings, one `(placeholders, hidden)` tensor an image; and for each layer what is to
-        be added behind it, in the same form, or None.
     """
-    if not adds_between_layers:
-        return features.pooler_output if TRANSFORMERS_5 else features, None
-    if TRANSFORMERS_5:
-        features = features.pooler_output, features.deepstack_features
-    embeddings, layers = features
-    sizes = [len(of_image) for of_image in embeddings]
-    if not ENCODES_FIRST:
-        layers = [layer.split(sizes) for layer in layers]
-    return embeddings, layers
-
-
-def encoder_fields(features) -> dict:
-    """What else the stock encoder returns."""
-    names = ("last_hidden_state", "hidden_states", "attentions") if TRANSFORMERS_5 else ()
-    return {name: getattr(features, name) for name in names}
+    fields = outputs
+    if not TRANSFORMERS_5:
+        embeddings, added = outputs if adds_between_layers else (outputs, None)
+        fields = {"pooler_output": embeddings, "deepstack_features": added}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if adds_between_layers and not ENCODES_FIRST:
+        sizes = [len(of_image) for of_image in fields["pooler_output"]]
+        added = [layer.split(sizes) for layer in fields["deepstack_features"]]
+        fields["deepstack_features"] = added
+    return fields
 
 
 def in_stock_form(features, return_dict: bool):
     """Encoded visuals in the form in which the stock methods return them."""
-    additions = features.deepstack_features
-    if additions is not None and not ENCODES_FIRST:
-        additions = [torch.cat(list(layer)) for layer in additions]
-        features = replace(features, deepstack_features=additions)
+    added = features.deepstack_features
+    if added is not None and not ENCODES_FIRST:
+        added = features["deepstack_features"] = [torch.cat(list(layer)) for layer in added]
     if not TRANSFORMERS_5:
-        embeddings = features.pooler_output
-        return embeddings if additions is None else (embeddings, additions)
+        return features.pooler_output if added is None else (features.pooler_output, added)
     if return_dict:
         return features
     return features.to_tuple()
@@ -338,48 +330,6 @@ def mismatched_names(report: dict) -> list[str]:
     """
     faults = report["mismatched_keys"]
     return [fault if isinstance(fault, str) else fault[0] for fault in faults]
-
-
-def multimodal_positions(
-    backbone: PreTrainedModel,
-    input_ids: torch.LongTensor,
-    inputs_embeds: torch.Tensor,
-    cache: Cache | None,
-    inputs: dict,
-) -> torch.LongTensor | None:
-    """Rotary positions as Qwen3-VL's backbone derives them from ids, of which it takes note.
-
-    Args:
-        inputs: the call's other arguments.
-
-    Returns:
-        None where the stock backbone does so without ids.
-    """
-    mask, past = inputs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
-    grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-    if not TRANSFORMERS_5:
-        if past and backbone.rope_deltas is not None:
-            return None
-        if isinstance(mask, dict):
-            mask = mask["full_attention"]
-        if mask is not None and mask.ndim == 4:  # a token that pads does not see itself
-            mask = mask[:, 0].diagonal(dim1=1, dim2=2)
-            mask = (mask if mask.dtype == torch.bool else mask == 0).int()
-        positions, deltas = backbone.get_rope_index(input_ids, attention_mask=mask, **grids)
-        backbone.rope_deltas = deltas
-        return positions
-    positions = backbone.compute_3d_position_ids(
-        input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
-        attention_mask=mask,
-        mm_token_type_ids=inputs.get("mm_token_type_ids"),
-        **given_cache(cache),
-        **grids,
-    )
-    if positions is None:
-        places = torch.arange(past, past + input_ids.shape[1], device=inputs_embeds.device)
-        return places.expand(len(input_ids), -1)
-    return positions
 
 
 def stored_buffer(module: nn.Module, name: str) -> torch.Tensor:

@@ -1,13 +1,11 @@
 """Encodes images and videos by the stock methods, and keeps what the predictor needs of them."""
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
 from .glimpse import Glimpse
 from .layer_additions import LayerAdditions
-from .stock import AS_OUTPUT, OF_ENCODERS, embeddings_of, encoder_fields, in_stock_form
+from .stock import AS_OUTPUT, OF_ENCODERS, encoder_fields, in_stock_form
 from .visual_features import VisualFeatures, tap_outputs
 
 
@@ -18,6 +16,7 @@ class VisualEncodingMixin:
         visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
         adds_between_layers: whether encoders return something to add between decoder layers, too.
+        features_class: of encoded visuals.
     """
 
     config: object
@@ -25,6 +24,7 @@ class VisualEncodingMixin:
     visual_inputs: dict[str, tuple[str, ...]] = {}
     visual_notes: dict[str, tuple[str, ...]] = {}
     adds_between_layers = False
+    features_class: type[VisualFeatures] = VisualFeatures
 
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
@@ -61,17 +61,18 @@ class VisualEncodingMixin:
             outputs = self.run_encoder(kind, **inputs, **AS_OUTPUT)
         pixels, *others = self.visual_inputs[kind]
         others = {name: inputs[name] for name in others if inputs.get(name) is not None}
-        embeddings, added = embeddings_of(outputs, self.adds_between_layers)
-        features = self.describe_visuals(embeddings, taps, **others)
-        return replace(features, deepstack_features=added, **encoder_fields(outputs))
+        features = self._of_stock(outputs)
+        described = self.describe_visuals(features.pooler_output, taps, **others)
+        features["glimpse_views"] = described.glimpse_views
+        return features
 
     def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
         """Encode by the stock method alone; arguments as for `encode_visual`."""
         self.check_config()
-        outputs = self.run_encoder(kind, **inputs, **AS_OUTPUT)
-        embeddings, added = embeddings_of(outputs, self.adds_between_layers)
-        fields = {"pooler_output": embeddings, "deepstack_features": added}
-        return VisualFeatures(**fields, **encoder_fields(outputs))
+        return self._of_stock(self.run_encoder(kind, **inputs, **AS_OUTPUT))
+
+    def _of_stock(self, outputs) -> VisualFeatures:
+        return self.features_class.of(encoder_fields(outputs, self.adds_between_layers))
 
     def run_encoder(self, kind: str, **inputs):
         """Call the stock method `get_{kind}_features`."""

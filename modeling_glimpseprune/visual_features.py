@@ -44,9 +44,21 @@ class VisualFeatures(BaseModelOutputWithPooling):
     deepstack_features: list[Sequence[torch.Tensor]] | None = None
     glimpse_views: list[list[ImageView]] | None = None
 
+    @classmethod
+    def of(cls, fields: dict) -> "VisualFeatures":
+        """Features with some of the fields, in the order in which they come."""
+        features = cls()
+        for name, value in fields.items():
+            features[name] = value
+        return features
+
+    def without_views(self) -> "VisualFeatures":
+        """The same without `glimpse_views`."""
+        return self.of({name: self[name] for name in self if name != "glimpse_views"})
+
     def to_tuple(self) -> tuple:
         """The stock fields that hold something."""
-        return tuple(value for name, value in self.items() if name != "glimpse_views")
+        return tuple(self.without_views().values())
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -59,7 +71,7 @@ class VisualFeatures(BaseModelOutputWithPooling):
         added = self.deepstack_features
         if added is not None:
             added = [[layer[image] for image in images] for layer in added]
-        return VisualFeatures(
+        return type(self)(
             pooler_output=[self.pooler_output[image] for image in images],
             deepstack_features=added,
             glimpse_views=[self.glimpse_views[image] for image in images],

@@ -16,16 +16,19 @@ from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,
     GlimpsePruneLlavaNextConfig,
     GlimpsePruneQwen2_5_VLConfig,
+    GlimpsePruneQwen3VLConfig,
 )
 from modeling_glimpseprune.modeling_llava import GlimpsePruneLlavaForConditionalGeneration
 from modeling_glimpseprune.modeling_llava_next import GlimpsePruneLlavaNextForConditionalGeneration
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )
+from modeling_glimpseprune.modeling_qwen3_vl import GlimpsePruneQwen3VLForConditionalGeneration
 from modeling_glimpseprune.processing_glimpseprune import (
     GlimpsePruneLlavaNextProcessor,
     GlimpsePruneLlavaProcessor,
     GlimpsePruneQwen2_5_VLProcessor,
+    GlimpsePruneQwen3VLProcessor,
 )
 
 from .hub.shards import ConversionError
@@ -122,6 +125,13 @@ QWEN2_5_VL = Family(
     processor_class=GlimpsePruneQwen2_5_VLProcessor,
     base_key_map=QWEN2_5_VL_NAMES,
 )
+QWEN3_VL = Family(
+    base_model_type="qwen3_vl",
+    config_class=GlimpsePruneQwen3VLConfig,
+    model_class=GlimpsePruneQwen3VLForConditionalGeneration,
+    processor_class=GlimpsePruneQwen3VLProcessor,
+    base_key_map={},
+)
 LLAVA = Family(
     base_model_type="llava",
     config_class=GlimpsePruneLlavaConfig,
@@ -138,7 +148,7 @@ LLAVA_NEXT = Family(
     base_key_map=LLAVA_NAMES,
     tokenizer_as_filed=True,
 )
-FAMILIES = (QWEN2_5_VL, LLAVA, LLAVA_NEXT)
+FAMILIES = (QWEN2_5_VL, QWEN3_VL, LLAVA, LLAVA_NEXT)
 
 
 def family_of(config: Mapping[str, object], source: object) -> Family:

@@ -14,7 +14,13 @@ shape the glimpse's weights: a built model keeps the ones it was built with.
 import copy
 import inspect
 
-from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+from transformers import (
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
 
 from .glimpse_fields import FIELDS, GLIMPSE_FIELDS
 
@@ -152,7 +158,19 @@ class GlimpsePruneConfigMixin:
             raise ValueError(f"{name} must {field.must.format(config=self)}, got {value!r}")
 
 
-class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
+class GlimpsePruneQwenConfigMixin(GlimpsePruneConfigMixin):
+    """The fields of `GlimpsePruneConfigMixin`; `vision_layers` are the encoder's blocks."""
+
+    @property
+    def last_vision_layer(self) -> int:
+        return self.vision_config.depth - 1
+
+    @property
+    def vision_layer_range(self) -> str:
+        return f"vision blocks 0..{self.last_vision_layer}"
+
+
+class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneQwenConfigMixin, Qwen2_5_VLConfig):
     """Stock `Qwen2_5_VLConfig` and the fields of `GlimpsePruneConfigMixin`.
 
     The default `vision_layers` are the vision encoder's full-attention blocks, deepest first.
@@ -170,16 +188,29 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneConfigMixin, Qwen2_5_VLConfig):
         self.set_glimpse_fields(glimpse_fields)
 
     @property
-    def last_vision_layer(self) -> int:
-        return self.vision_config.depth - 1
+    def default_vision_layers(self) -> list[int]:
+        return list(self.vision_config.fullatt_block_indexes)[::-1]
 
-    @property
-    def vision_layer_range(self) -> str:
-        return f"vision blocks 0..{self.last_vision_layer}"
+
+class GlimpsePruneQwen3VLConfig(GlimpsePruneQwenConfigMixin, Qwen3VLConfig):
+    """Stock `Qwen3VLConfig` and the fields of `GlimpsePruneConfigMixin`.
+
+    The default `vision_layers` are the last block and those whose features are added between
+    decoder layers (`deepstack_visual_indexes`), deepest first.
+    """
+
+    model_type = "glimpseprune_qwen3_vl"
+    window_choice = "False: Qwen3-VL's vision encoder has no attention windows"
+
+    def __init__(self, **kwargs):
+        glimpse_fields = take_glimpse_fields(kwargs)
+        super().__init__(**kwargs)
+        self.set_glimpse_fields(glimpse_fields)
 
     @property
     def default_vision_layers(self) -> list[int]:
-        return list(self.vision_config.fullatt_block_indexes)[::-1]
+        added = set(self.vision_config.deepstack_visual_indexes)
+        return sorted(added | {self.last_vision_layer}, reverse=True)
 
 
 class GlimpsePruneLlavaConfigMixin(GlimpsePruneConfigMixin):

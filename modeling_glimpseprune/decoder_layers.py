@@ -15,6 +15,7 @@ from .stock import given_cache
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 MLP_CHUNK = 2048  # tokens
+HEAD_NORMS = {"q_proj": "q_norm", "k_proj": "k_norm"}  # of the attentions that have them
 
 
 def run_layer(
@@ -109,13 +110,21 @@ def query_logits(
         `(batch, heads, slots)`.
     """
     states = states.to(device_of(layer.input_layernorm, states))
-    query = split_heads(layer, layer.self_attn.q_proj(layer.input_layernorm(states)))
+    query = split_heads(layer, "q_proj", layer.self_attn.q_proj(layer.input_layernorm(states)))
     return scaled_products(layer, turn(query, rotary), keys)
 
 
-def split_heads(layer: nn.Module, projected: torch.Tensor) -> torch.Tensor:
-    """`(batch, tokens, heads * head_dim)` to `(batch, heads, tokens, head_dim)`."""
-    return projected.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
+def split_heads(layer: nn.Module, name: str, projected: torch.Tensor) -> torch.Tensor:
+    """`(batch, tokens, heads * head_dim)` to `(batch, heads, tokens, head_dim)`.
+
+    Queries and keys are normed on the way where the attention norms each head's.
+
+    Args:
+        name: the linear map that made them.
+    """
+    heads = projected.unflatten(-1, (-1, layer.self_attn.head_dim))
+    norm = getattr(layer.self_attn, HEAD_NORMS.get(name, ""), None)
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 def turn(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:

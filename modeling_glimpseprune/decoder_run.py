@@ -15,7 +15,7 @@ from .decoder_layers import (
     run_mlp,
 )
 from .layer_outputs import LayerOutputs
-from .stock import causal_mask
+from .stock import STATES_SHOW_ADDITIONS, causal_mask
 from .token_block import TokenBlock
 
 
@@ -53,7 +53,23 @@ class DecoderRun:
         for index in range(first, stop):
             if before is not None:
                 before(index)
+            self.enter(index, block)
             self.step(run_layer, index, block, mask, rotary)
+
+    def enter(self, index: int, block: TokenBlock) -> None:
+        """Add what is added before a layer, and note its input if the caller asked for it."""
+        if STATES_SHOW_ADDITIONS:
+            block.add(index)
+        if self.outputs.wants_hidden_states:
+            self.outputs.add_states(index, block.shown())
+        block.add(index)
+
+    def leave(self, block: TokenBlock) -> torch.Tensor:
+        """A block's states behind the last layer and the final norm, `(batch, tokens, hidden)`."""
+        block.add(len(self.layers))
+        if self.outputs.wants_hidden_states:
+            self.outputs.add_unnormed(block.shown())
+        return self.decoder.norm(block.hidden_states)
 
     def step(
         self,
@@ -63,14 +79,12 @@ class DecoderRun:
         mask: torch.Tensor | None,
         rotary: Rotary,
     ) -> None:
-        """Run one layer (or its attention only), and note what the caller asked to see of it.
+        """Run one layer (or its attention only), and note attentions that the caller asked for.
 
         Args:
             run: `run_layer` or `run_attention`.
         """
         layer, outputs = self.layers[index], self.outputs
-        if outputs.wants_hidden_states:
-            outputs.add_states(index, block.shown())
         if not outputs.wants_attentions:
             block.hidden_states = run(layer, block.hidden_states, mask, rotary, self.cache)
             return

@@ -1,7 +1,7 @@
 """The visuals of a call as they are given: what each takes, and which of them are new."""
 
 from dataclasses import dataclass
-from itertools import accumulate, compress
+from itertools import accumulate, compress, groupby
 
 import torch
 
@@ -112,6 +112,40 @@ class GivenVisualsMixin:
             elif name in notes and values is not None:
                 inputs[name] = [*compress(values, wanted)] or None
         return {name: value for name, value in inputs.items() if value is not None}
+
+    def repeat_visuals(self, input_ids: torch.LongTensor, inputs: dict, repeats: int) -> dict:
+        """What describes the visuals of a batch whose rows are repeated, each row's together.
+
+        Args:
+            input_ids: `(batch, length)` with the placeholders of just these visuals.
+            inputs: the call's other arguments.
+
+        Raises:
+            ValueError: when images or videos and placeholders differ in number.
+        """
+        repeated = {}
+        for kind, names in self.visual_inputs.items():
+            if (pixels := inputs.get(names[0])) is None:
+                continue
+            sizes = self.visual_sizes(kind, **inputs)
+            rows = (input_ids == getattr(self.config, f"{kind}_token_id")).nonzero()[:, 0].tolist()
+            if sum(sizes) != len(rows):
+                raise ValueError(
+                    f"{len(sizes)} {kind}s and the prompts' {kind} tokens do not match: they fill "
+                    f"{sum(sizes)} tokens, of which there are {len(rows)}"
+                )
+            firsts = accumulate(sizes[:-1], initial=0)
+            of_rows = groupby(range(len(sizes)), key=[rows[first] for first in firsts].__getitem__)
+            order = [each for _, of_row in of_rows for each in [*of_row] * repeats]
+            parts = pixels.split(self.pixel_rows(kind, **inputs))
+            repeated[names[0]] = torch.cat([parts[each] for each in order])
+            for name in (*names[1:], *(notes := self.visual_notes.get(kind, ()))):
+                values = inputs.get(name)
+                if isinstance(values, torch.Tensor):
+                    repeated[name] = values[order]
+                elif name in notes and values is not None:
+                    repeated[name] = [values[each] for each in order]
+        return repeated
 
     def visual_counts(self, input_ids: torch.LongTensor, **inputs) -> list[int]:
         """Visual tokens of each prompt: what a keep mask has to cover.

@@ -18,6 +18,7 @@ from .shared_layer import SharedLayer, shared_cache
 from .visual_tokens import VisualTokens
 
 HELD_TENSORS = ("states", "position_ids", "rows", "order")
+ADDED = "additions."  # and a layer
 TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index", "encoded")
 
 
@@ -83,7 +84,8 @@ class GlimpsePrefix(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        parts = [self.held.states, *self.held.tokens.features]
+        held = self.held
+        parts = [held.states, *held.additions.values(), *held.tokens.features]
         parts += [part for layer in self.layers for part in getattr(layer, "held", ())]
         return sum(part.nbytes for part in parts)
 
@@ -161,6 +163,7 @@ class GlimpsePrefix(DynamicCache):
             if isinstance(layer, SharedLayer):
                 tensors |= dict(zip(_names_of_layer(index), layer.held, strict=True))
         tensors |= {name: getattr(held, name) for name in HELD_TENSORS}
+        tensors |= {f"{ADDED}{layer}": each for layer, each in held.additions.items()}
         tensors |= {f"tokens.{name}": getattr(tokens, name) for name in TOKEN_TENSORS}
         tensors |= {f"features.{index}": each for index, each in enumerate(tokens.features)}
         tensors |= {"input_ids": self.origin.input_ids, "mask": self.origin.attention_mask}
@@ -196,6 +199,11 @@ class GlimpsePrefix(DynamicCache):
             sizes=notes["sizes"],
             **{name: tensors.get(f"tokens.{name}") for name in TOKEN_TENSORS},
         )
+        additions = {
+            int(name.removeprefix(ADDED)): each
+            for name, each in tensors.items()
+            if name.startswith(ADDED)
+        }
         held = HeldPrompt(
             tensors["states"],
             tensors["position_ids"],
@@ -205,6 +213,7 @@ class GlimpsePrefix(DynamicCache):
             notes["prune_layer"],
             tensors.get("order"),
             notes["left_out"],
+            additions,
         )
         pixels = [{int(column): each for column, each in of_row} for of_row in notes["pixels"]]
         ids, mask = (tensors[name].cpu() for name in ("input_ids", "mask"))

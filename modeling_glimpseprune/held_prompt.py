@@ -1,6 +1,7 @@
 """What a prefix holds of a prompt's beginning beside keys and values: states that wait."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +24,7 @@ class HeldPrompt:
         order: `(held rows, length)` place of each among the tokens as the caller sees them, or None
             where none was left out in front of the encoder.
         dropped: how many were left out.
+        additions: by decoder layer above P what is added to `states` before it runs, as they are.
     """
 
     states: torch.Tensor
@@ -33,6 +35,7 @@ class HeldPrompt:
     prune_layer: int
     order: torch.Tensor | None = None
     dropped: int = 0
+    additions: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -54,12 +57,39 @@ class HeldPrompt:
             columns: `(batch, tokens)` in the prompts.
             own: `(batch, own tokens, hidden)` of the tokens behind the held ones.
         """
-        columns = columns.to(self.states.device)
+        return self._at(columns, self.states, own)
+
+    def additions_at(
+        self, columns: torch.Tensor, own: torch.Tensor, added: dict[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """As `states_at`, of what is added to them before layers.
+
+        Args:
+            added: by layer to the own tokens.
+        """
+        pairs = self._additions_beside(own, added)
+        return {layer: self._at(columns, *both) for layer, *both in pairs}
+
+    def _at(self, columns: torch.Tensor, held: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        columns = columns.to(held.device)
         rows = self.rows.to(columns.device)[:, None]
-        held = self.states[rows, columns.clamp(max=self.length - 1)].to(own.device)
+        held = held[rows, columns.clamp(max=self.length - 1)].to(own.device)
         columns = columns.to(own.device)[..., None]
         behind = own.take_along_dim((columns - self.length).clamp(min=0), dim=1)
         return torch.where(columns < self.length, held, behind)
+
+    def _additions_beside(
+        self, own: torch.Tensor, added: dict[int, torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Layers, and what is added to held and own states before them, zeros if nothing."""
+        for layer in sorted(self.additions.keys() | added.keys()):
+            held = self.additions.get(layer)
+            behind = added.get(layer)
+            yield (
+                layer,
+                torch.zeros_like(self.states) if held is None else held,
+                torch.zeros_like(own) if behind is None else behind,
+            )
 
     def with_positions(self, own: torch.Tensor) -> torch.Tensor:
         """Rotary positions `(..., batch, length + own tokens)`, from those of the own tokens."""
@@ -85,7 +115,17 @@ class HeldPrompt:
 
     def with_states(self, own: torch.Tensor) -> torch.Tensor:
         """`(batch, length + own tokens, hidden)`, from `(batch, own tokens, hidden)`."""
-        held = self.states.index_select(0, self.rows.to(self.states.device))
+        return self._in_front(self.states, own)
+
+    def with_additions(
+        self, own: torch.Tensor, added: dict[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """As `with_states`, of what is added to them before layers; see `additions_at`."""
+        pairs = self._additions_beside(own, added)
+        return {layer: self._in_front(*both) for layer, *both in pairs}
+
+    def _in_front(self, held: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        held = held.index_select(0, self.rows.to(held.device))
         return torch.cat([held.to(own.device), own], dim=1)
 
     def all_tokens(self, own: VisualTokens | None) -> VisualTokens:

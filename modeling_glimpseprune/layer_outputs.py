@@ -1,8 +1,9 @@
 """Hidden states and attentions of a pruned prefill, laid out as the caller sees the prompt."""
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .stock import select_hidden_states
+from .stock import LAYER_OUTPUTS, select_hidden_states
 
 
 class LayerOutputs:
@@ -15,6 +16,7 @@ class LayerOutputs:
 
     def __init__(self, num_layers: int, hidden_states: bool, attentions: bool) -> None:
         self._states: list[list] | None = [[] for _ in range(num_layers)] if hidden_states else None
+        self._unnormed: list[torch.Tensor] = []
         self._attentions: list[list] | None = (
             [[] for _ in range(num_layers)] if attentions else None
         )
@@ -31,6 +33,10 @@ class LayerOutputs:
         """Take a block's input to a layer, `(batch, tokens, hidden)`."""
         self._states[layer].append(rows)
 
+    def add_unnormed(self, rows: torch.Tensor) -> None:
+        """Take a block's states behind the last layer, `(batch, tokens, hidden)`."""
+        self._unnormed.append(rows)
+
     def add_attention(self, layer: int, weights: torch.Tensor | None) -> None:
         """Take a block's weights `(batch, heads, tokens, logical length)`, or None."""
         self._attentions[layer].append(weights)
@@ -45,8 +51,13 @@ class LayerOutputs:
         """
         if self._states is None:
             return None
-        inputs = (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1) for rows in self._states)
+        inputs = map(_joined, self._states)
         return select_hidden_states((*inputs, last_hidden_state), asked)
+
+    def told(self, outputs: BaseModelOutputWithPast) -> dict:
+        """What classes above the text model are told of the layers: see `with_layers_shown`."""
+        unnormed = _joined(self._unnormed) if self._unnormed else None
+        return {name: outputs.get(name) for name in LAYER_OUTPUTS} | {"unnormed": unnormed}
 
     def attentions(self) -> tuple[torch.Tensor, ...] | None:
         """`(batch, heads, length, past and length)` of each layer that keeps them."""
@@ -70,6 +81,10 @@ def spread(values: torch.Tensor, positions: torch.Tensor, length: int, dim: int)
     target[dim] = length
     index = positions.to(values.device).view(shape).expand_as(values)
     return values.new_zeros(target).scatter(dim, index, values)
+
+
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def _stack(blocks: list[torch.Tensor | None]) -> torch.Tensor | None:

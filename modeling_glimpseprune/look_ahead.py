@@ -93,7 +93,7 @@ class LookAhead:
         projected = getattr(layer.self_attn, name)(normed)
         if self.request.glimpse.stale_additions is not None:
             projected = projected + self.request.glimpse.stale_additions[str(index)][name](normed)
-        return split_heads(layer, projected)
+        return split_heads(layer, name, projected)
 
     def _behind_past(self, index: int, own: torch.Tensor, name: str) -> torch.Tensor:
         """Put what an earlier turn left in the cache in front of keys or values."""

@@ -33,6 +33,7 @@ from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .held_prompt import prune_layer_over  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
+from .layer_additions import LayerAdditions  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
@@ -120,34 +121,9 @@ class ClipBackboneMixin(PruningModelMixin):
 
 
 class ClipGenerationMixin(PruningGenerationMixin):
-    """What LLaVA's models share: images are repeated row by row."""
+    """What LLaVA's models share."""
 
     _checkpoint_conversion_mapping = TOWER_NAMES
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **inputs
-    ) -> tuple[torch.LongTensor, dict]:
-        """Repeat a row's images together, where transformers 4 repeats each by itself.
-
-        transformers 5 has encoded them before.
-        """
-        visual = {}
-        if expand_size > 1 and inputs.get("pixel_values") is not None:
-            new_ids = self.new_placeholders(input_ids, inputs)
-            rows = [len(images) for images in self.model.image_rows(new_ids, **inputs)]
-            if sum(rows) != len(inputs["pixel_values"]):
-                raise ValueError(
-                    f"{len(inputs['pixel_values'])} images and the prompts' image tokens do not "
-                    f"match: the tokens are of {sum(rows)}"
-                )
-            for name in ("pixel_values", "image_sizes"):
-                if inputs.get(name) is not None:
-                    split = inputs[name].split(rows)
-                    visual[name] = torch.cat([row for row in split for _ in range(expand_size)])
-        input_ids, inputs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **inputs
-        )
-        return input_ids, inputs | visual
 
 
 class GlimpsePruneLlavaModel(ClipBackboneMixin, LlavaModel):

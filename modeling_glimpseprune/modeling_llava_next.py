@@ -28,6 +28,7 @@ from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .held_prompt import HeldPrompt  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import new_visuals  # noqa: F401
+from .layer_additions import LayerAdditions  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
 from .left_out import ENDS_UNSEEN  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401

@@ -1,5 +1,7 @@
 """GlimpsePrune for Qwen2.5-VL: the stock model, whose prefill drops visual tokens.
 
+Qwen3-VL builds on the classes here that state both.
+
 transformers 4 loads no more of a local folder than what this file imports by itself, so it also
 names siblings that only other siblings use.
 """
@@ -29,6 +31,7 @@ from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .held_prompt import HeldPrompt  # noqa: F401
 from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import first_positions, follows_turn, note_turn, past_length
+from .layer_additions import LayerAdditions  # noqa: F401
 from .layer_outputs import spread  # noqa: F401
 from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
@@ -49,17 +52,15 @@ from .row_boundaries import IGNORED_LABEL  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .shared_layer import SharedLayer  # noqa: F401
-from .stock import AS_OUTPUT, cache_of, embeddings_of, token_types
+from .stock import AS_OUTPUT, cache_of, encoder_fields, token_types
 from .token_block import TokenBlock  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import VisualFeatures, tap_outputs, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401
 
 
-class GlimpsePruneQwen2_5_VLTextModel(PrunedForwardMixin, Qwen2_5_VLTextModel):
-    """The stock decoder behind the split forward; rotary positions have three axes."""
-
-    forward = show_arguments(Qwen2_5_VLTextModel.forward)(PrunedForwardMixin.forward)
+class QwenTextMixin(PrunedForwardMixin):
+    """In front of Qwen's text models, whose rotary positions have three axes."""
 
     def rotary_position_ids(
         self, position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, past_length: int
@@ -71,34 +72,38 @@ class GlimpsePruneQwen2_5_VLTextModel(PrunedForwardMixin, Qwen2_5_VLTextModel):
         return position_ids[-3:]
 
 
-class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
-    """The stock backbone; visual tokens are taken from the vision encoder's tapped blocks.
+class GlimpsePruneQwen2_5_VLTextModel(QwenTextMixin, Qwen2_5_VLTextModel):
+    """The stock decoder behind the split forward."""
+
+    forward = show_arguments(Qwen2_5_VLTextModel.forward)(QwenTextMixin.forward)
+
+
+class QwenBackboneMixin(PruningModelMixin):
+    """Qwen's vision encoder and a decoder; what its backbones share.
 
     Every placeholder is a visual token. A token's features are averaged over its patches, and its
     2-D position is its row and column in the grid of merged patches, frame by frame.
+
+    Attributes:
+        vision_class, text_model_class: the encoder and the decoder.
     """
 
-    config_class = GlimpsePruneQwen2_5_VLConfig
+    vision_class: type[PreTrainedModel]
+    text_model_class: type[PreTrainedModel]
     _checkpoint_conversion_mapping = {}
     visual_inputs = {
         "image": ("pixel_values", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
-    visual_notes = {"video": ("second_per_grid_ts",)}
     positions_from_ids = True
 
-    def __init__(self, config: GlimpsePruneQwen2_5_VLConfig):
+    def __init__(self, config):
         PreTrainedModel.__init__(self, config)
-        self.visual = SubsetVisionEncoder._from_config(config.vision_config)
-        self.language_model = GlimpsePruneQwen2_5_VLTextModel._from_config(config.text_config)
+        self.visual = self.vision_class._from_config(config.vision_config)
+        self.language_model = self.text_model_class._from_config(config.text_config)
         self.glimpse = Glimpse(config, config.vision_config.hidden_size)
         self.rope_deltas = None  # the stock model's; a pruned cache carries its own
         self.post_init()
-
-    @property
-    def predictor_window(self) -> int:
-        vision = self.config.vision_config
-        return vision.window_size // vision.spatial_merge_size // vision.patch_size
 
     def tapped_modules(self) -> list:
         return [self.visual.blocks[layer] for layer in self.config.vision_layers]
@@ -107,12 +112,6 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         """Averages over the patches of each token: `(N * patches, width)` to `(N, width)`."""
         return output.unflatten(0, (-1, self.visual.spatial_merge_size**2)).mean(dim=1)
 
-    forward = show_pruning_arguments(Qwen2_5_VLModel.forward)(PruningModelMixin.forward)
-    get_image_features = show_arguments(Qwen2_5_VLModel.get_image_features)(
-        PruningModelMixin.get_image_features
-    )
-
-    @show_arguments(Qwen2_5_VLModel.get_video_features)
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         """As `get_image_features`, for videos."""
         inputs = {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
@@ -143,7 +142,7 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
             merge = self.visual.spatial_merge_size
             arguments[f"{kind}_grid_thw"] = first * first.new_tensor([1, merge, merge])
         arguments |= token_types(*(input_ids == token for token in self.visual_token_ids.tolist()))
-        arguments["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
+        arguments |= {name: inputs.get(name) for name in self.visual_notes.get("video", ())}
         positions, _ = self.get_rope_index(input_ids, **arguments)
         positions = positions + first_positions(cache, attention_mask)
         if pruned_layer(cache) is None:
@@ -169,9 +168,49 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         scale = torch.tensor([1, merge, merge], device=grids.device)
         grids = grids // scale
         geometry = token_geometry(grids, sizes).to(taps[0].device)
+        return whole_images(
+            embeddings, self.in_raster_order(taps, geometry, sizes), geometry, grids
+        )
+
+    def in_raster_order(
+        self, taps: list[torch.Tensor], geometry: torch.Tensor, sizes: list[int]
+    ) -> list[torch.Tensor]:
+        """Tapped features `(N, width)` row after row of each frame, from the encoder's order.
+
+        Args:
+            geometry: `(N, 6)`, see `token_geometry`.
+            sizes: tokens of each image.
+        """
+        return taps
+
+
+class GlimpsePruneQwen2_5_VLModel(QwenBackboneMixin, Qwen2_5_VLModel):
+    """The stock backbone; its vision encoder attends within windows."""
+
+    config_class = GlimpsePruneQwen2_5_VLConfig
+    vision_class = SubsetVisionEncoder
+    text_model_class = GlimpsePruneQwen2_5_VLTextModel
+    visual_notes = {"video": ("second_per_grid_ts",)}
+    takes_ids_beside_embeddings = True
+
+    forward = show_pruning_arguments(Qwen2_5_VLModel.forward)(QwenBackboneMixin.forward)
+    get_image_features = show_arguments(Qwen2_5_VLModel.get_image_features)(
+        QwenBackboneMixin.get_image_features
+    )
+    get_video_features = show_arguments(Qwen2_5_VLModel.get_video_features)(
+        QwenBackboneMixin.get_video_features
+    )
+
+    @property
+    def predictor_window(self) -> int:
+        vision = self.config.vision_config
+        return vision.window_size // vision.spatial_merge_size // vision.patch_size
+
+    def in_raster_order(
+        self, taps: list[torch.Tensor], geometry: torch.Tensor, sizes: list[int]
+    ) -> list[torch.Tensor]:
         order = window_order(geometry, sizes, self.predictor_window)
-        layers = [torch.empty_like(tap).index_copy(0, order, tap) for tap in taps]
-        return whole_images(embeddings, layers, geometry, grids)
+        return [torch.empty_like(tap).index_copy(0, order, tap) for tap in taps]
 
     def encode_part(self, kind, choose, **inputs) -> VisualFeatures:
         """As `PruningModelMixin.encode_part`; the stock encoder runs over the part alone."""
@@ -188,20 +227,31 @@ class GlimpsePruneQwen2_5_VLModel(PruningModelMixin, Qwen2_5_VLModel):
         check_every_frame(keep, geometry, images)
         windows = window_numbers(geometry, images, self.predictor_window)
         subset = EncoderSubset.of_tokens(keep, geometry, images, windows, merge)
-        encode = getattr(Qwen2_5_VLModel, f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
             part = inputs | subset.arguments(kind) | {pixels_name: pixels[subset.patches]}
-            outputs = encode(self, **part, **AS_OUTPUT)
+            outputs = self.run_encoder(kind, **part, **AS_OUTPUT)
         kept = keep.nonzero()[:, 0]
-        embeddings = torch.cat(list(embeddings_of(outputs)))
+        fields = encoder_fields(outputs, self.adds_between_layers)
+        embeddings = torch.cat(list(fields["pooler_output"]))
         whole = embeddings.new_zeros(len(keep), embeddings.shape[1]).index_copy(0, kept, embeddings)
         places = kept[subset.window_index]
         layers = [tap.new_zeros(len(keep), tap.shape[1]).index_copy(0, places, tap) for tap in taps]
         return whole_images(whole.split(sizes), layers, geometry, grids, encoded=keep)
 
 
+class QwenGenerationMixin(PruningGenerationMixin):
+    """What Qwen's models share."""
+
+    _checkpoint_conversion_mapping = {}
+
+    @property
+    def undrafted_ids(self) -> list[int]:
+        """Also what opens an image: behind it transformers 4 expects a placeholder."""
+        return [*super().undrafted_ids, self.config.vision_start_token_id]
+
+
 class GlimpsePruneQwen2_5_VLForConditionalGeneration(
-    PruningGenerationMixin, Qwen2_5_VLForConditionalGeneration
+    QwenGenerationMixin, Qwen2_5_VLForConditionalGeneration
 ):
     """Qwen2.5-VL whose `generate` takes a glimpse and drops the visual tokens nobody asked about.
 
@@ -210,15 +260,9 @@ class GlimpsePruneQwen2_5_VLForConditionalGeneration(
 
     config_class = GlimpsePruneQwen2_5_VLConfig
     backbone_class = GlimpsePruneQwen2_5_VLModel
-    _checkpoint_conversion_mapping = {}
     forward = show_pruning_arguments(Qwen2_5_VLForConditionalGeneration.forward)(
-        PruningGenerationMixin.forward
+        QwenGenerationMixin.forward
     )
-
-    @property
-    def undrafted_ids(self) -> list[int]:
-        """Also what opens an image: behind it transformers 4 expects a placeholder."""
-        return [*super().undrafted_ids, self.config.vision_start_token_id]
 
 
 def image_numbers(sizes: list[int], device: torch.device) -> torch.Tensor:

@@ -68,6 +68,7 @@ class Prefill:
         mask, self.rotary = self.decoder_run.mask_and_rotary(block, first_layer=0)
         for index in range(last + 1):
             self._add_glimpse_vectors(index)
+            self.decoder_run.enter(index, block)
             query_states = block.hidden_states[:, self._query]
             run = run_attention if index == last else run_layer
             self.decoder_run.step(run, index, block, mask, self.rotary)
@@ -84,7 +85,9 @@ class Prefill:
         """Put the tokens on the cache, to wait there for what comes behind them."""
         request, block, cache = self.request, self.block, self.decoder_run.cache
         states, own = block.hidden_states, block.hidden_states.shape[1]
+        additions = block.additions
         if request.held is not None:
+            additions = request.held.with_additions(states, additions)
             states = request.held.with_states(states)
             self.join()
         order, tokens = block.order, request.tokens.whole or request.tokens
@@ -102,6 +105,7 @@ class Prefill:
             request.prune_layer,
             order,
             block.length - states.shape[1],
+            additions,
         )
         return states[:, -own:]
 
@@ -186,7 +190,7 @@ class Prefill:
             block.hidden_states = run_mlp(run.layers[request.prune_layer], block.hidden_states)
         before = self._add_glimpse_vectors if request.in_place else None
         run.whole_layers(block, request.prune_layer + 1, len(run.layers), before)
-        hidden_states = run.decoder.norm(block.hidden_states)
+        hidden_states = run.leave(block)
         if not request.in_place:
             self._finish()
             if request.compact_output and not run.outputs.wants_hidden_states:

@@ -11,6 +11,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     Qwen2_5_VLProcessor,
+    Qwen3VLProcessor,
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image, make_flat_list_of_images
@@ -78,14 +79,22 @@ class CheckedProcessorMixin(PrefixProcessingMixin):
         return 0.0, 0.0, float(width), float(height)
 
 
-class GlimpsePruneQwen2_5_VLProcessor(CheckedProcessorMixin, Qwen2_5_VLProcessor):
-    """The stock Qwen2.5-VL processor with checks."""
+class QwenProcessorMixin(CheckedProcessorMixin):
+    """What Qwen's processors share: an image is one grid of merged patches."""
 
     def image_layouts(self, images: BatchFeature) -> list[ImageLayout]:
         merge = self.image_processor.merge_size
         patches = [map(int, grid) for grid in images["image_grid_thw"]]
         grids = [(height // merge, width // merge) for _, height, width in patches]
         return [ImageLayout(rows * columns, [(rows, columns)]) for rows, columns in grids]
+
+
+class GlimpsePruneQwen2_5_VLProcessor(QwenProcessorMixin, Qwen2_5_VLProcessor):
+    """The stock Qwen2.5-VL processor with checks."""
+
+
+class GlimpsePruneQwen3VLProcessor(QwenProcessorMixin, Qwen3VLProcessor):
+    """The stock Qwen3-VL processor with checks."""
 
 
 class GlimpsePruneLlavaProcessor(CheckedProcessorMixin, LlavaProcessor):

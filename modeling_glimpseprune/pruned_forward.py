@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .decoder_run import DecoderRun
+from .layer_additions import LayerAdditions
 from .layer_outputs import LayerOutputs, spread
 from .left_out import leave_out
 from .prefill import Prefill
@@ -38,6 +39,7 @@ class _Call:
         position_ids: `(..., batch, length)`, the family's rotary positions.
         prompt_length: tokens of the prompt.
         held_length: tokens in front of them that a prefix holds, which are part of the prompt.
+        additions: what visuals add to them between layers.
     """
 
     inputs_embeds: torch.Tensor
@@ -45,6 +47,7 @@ class _Call:
     position_ids: torch.Tensor
     prompt_length: int
     held_length: int = 0
+    additions: LayerAdditions | None = None
 
     @property
     def length(self) -> int:
@@ -88,6 +91,7 @@ class _Call:
         past_slots = past.physical_length
         end = self.prompt_length - part.start
         end = end if 0 < end <= length else length
+        added = {} if self.additions is None else self.additions.laid_out(self.inputs_embeds)
         return TokenBlock(
             states,
             position_ids,
@@ -100,6 +104,7 @@ class _Call:
             prompt_length=self.held_length + self.prompt_length,
             glimpse_slice=slice(end, end),
             next_position=self.next_position,
+            additions={layer: each[:, part] for layer, each in added.items()},
         )
 
 
@@ -115,46 +120,54 @@ class PrunedForwardMixin:
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prune_request: PruneRequest | None = None,
+        layer_additions: LayerAdditions | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The stock forward, or with a `prune_request` the split one.
 
+        Args:
+            layer_additions: what visuals add between layers.
+
         Raises:
             ValueError: for what cannot be combined with pruning.
         """
-        cache = take_cache(kwargs, cache)
+        cache, layers = take_cache(kwargs, cache), kwargs.pop("layers", {})
         if prune_request is not None:
             past = 0 if cache is None else cache.get_seq_length()
             self._check_prunable(attention_mask, position_ids, past, prune_request)
             _check_covered(attention_mask, inputs_embeds)
             refuse_unknown_tensors(kwargs)
             asked = self._asked("output_hidden_states", kwargs)
-            outputs = LayerOutputs(
-                len(self.layers),
-                bool(asked),
-                bool(self._asked("output_attentions", kwargs)),
-            )
+            wanted = bool(asked), bool(self._asked("output_attentions", kwargs))
+            outputs = LayerOutputs(len(self.layers), *wanted)
             cache = DynamicCache() if cache is None else cache
             adopt_layers(cache, len(self.layers))
             run = DecoderRun(self, cache, outputs)
             call = self._call(inputs_embeds, attention_mask, position_ids, cache, prune_request)
+            call.additions = layer_additions
             use_cache = self.config.use_cache if use_cache is None else use_cache
             if isinstance(prune_request.prompt_length, torch.Tensor):
-                return self._run_aligned(run, call, prune_request, asked)
+                returned = self._run_aligned(run, call, prune_request, asked)
+                layers |= outputs.told(returned)
+                return returned
             last_hidden_state = self._run_pruned(run, call, prune_request)
             finished = not (prune_request.only_glimpse or prune_request.hold)
-            return outputs_with_cache(
+            returned = outputs_with_cache(
                 last_hidden_state,
                 cache if use_cache and prune_request.visual_log_keep is None else None,
                 hidden_states=outputs.hidden_states(last_hidden_state, asked) if finished else None,
                 attentions=outputs.attentions() if finished else None,
             )
+            layers |= outputs.told(returned)
+            return returned
         layer = pruned_layer(cache)
         if layer is not None:
             refuse_unknown_tensors(kwargs)
         if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
+        if layer_additions is not None:
+            kwargs |= self.stock_additions(layer_additions, inputs_embeds)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -166,6 +179,7 @@ class PrunedForwardMixin:
         )
         if layer is not None and outputs.attentions is not None:
             outputs.attentions = tuple(_over_prompt(each, layer) for each in outputs.attentions)
+            layers["attentions"] = outputs.attentions
         return outputs
 
     def rotary_position_ids(
@@ -177,6 +191,10 @@ class PrunedForwardMixin:
         batch, length = inputs_embeds.shape[:2]
         positions = torch.arange(past_length, past_length + length, device=inputs_embeds.device)
         return positions.expand(batch, -1)
+
+    def stock_additions(self, additions: LayerAdditions, inputs_embeds: torch.Tensor) -> dict:
+        """The stock forward's arguments for what visuals add between layers, if it has any."""
+        raise NotImplementedError
 
     def _asked(self, output: str, kwargs: dict) -> bool | int | list[int]:
         """Which outputs of layers the caller wants: all, none, or those of some indices."""
@@ -250,6 +268,7 @@ class PrunedForwardMixin:
             rows.attention_mask,
             rows.move_positions(call.position_ids),
             rows.prompt_length,
+            additions=call.additions and call.additions.moved(rows),
         )
         tokens = request.tokens.moved_by(rows.shift)
         request = replace(request, tokens=tokens, prompt_length=rows.prompt_length)
@@ -310,7 +329,7 @@ class PrunedForwardMixin:
             block.log_keep = pad(past_log_keep, (0, block.length))
         stop = request.prune_layer + 1 if request.only_glimpse else len(self.layers)
         run.whole_layers(block, 0, stop)
-        return self.norm(block.hidden_states)
+        return run.leave(block)
 
 
 def _check_visuals_in_prompt(tokens: VisualTokens, prompt_length: int, length: int) -> None:

@@ -39,11 +39,13 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
     what the mixins ask, and:
 
     Attributes:
-        positions_from_ids: whether the stock backbone derives rotary positions from `input_ids`.
+        positions_from_ids: whether rotary positions are derived from ids.
+        takes_ids_beside_embeddings: whether the stock backbone does that itself.
         predictor_window: side of the vision encoder's attention windows in tokens, if it has any.
     """
 
     positions_from_ids = False
+    takes_ids_beside_embeddings = False
     predictor_window: int | None = None
 
     def glimpse_module(self) -> Glimpse:
@@ -106,15 +108,15 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             )
         else:
             position_ids = self._positions(
-                position_ids, inputs_embeds, cache, kwargs.get("attention_mask"), request
+                input_ids, position_ids, inputs_embeds, cache, kwargs, request is not None
             )
+        if (additions := self._layer_additions(encoded, masks)) is not None:
+            kwargs["layer_additions"] = additions
         if request is not None:  # a long prefill can use the memory
-            encoded = {
-                kind: replace(features, glimpse_views=None) for kind, features in encoded.items()
-            }
+            encoded = {kind: features.without_views() for kind, features in encoded.items()}
         del masks
         outputs = super().forward(
-            input_ids=input_ids if self.positions_from_ids else None,
+            input_ids=input_ids if self.takes_ids_beside_embeddings else None,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             prune_request=request,
@@ -180,28 +182,50 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
 
     def _positions(
         self,
+        input_ids: torch.LongTensor | None,
         position_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor,
         cache: Cache | None,
-        attention_mask: torch.Tensor | None,
-        request: PruneRequest | None,
+        inputs: dict,
+        prunes: bool,
     ) -> torch.LongTensor | None:
         """Rotary positions of a prompt, or of a later turn without visuals; None is stock's way."""
+        attention_mask = inputs.get("attention_mask")
         if (pruned := pruned_layer(cache)) is not None:
             return later_positions(pruned, inputs_embeds, attention_mask)
         after = positions_after_turn(cache, inputs_embeds, attention_mask)
         if after is not None:
             return after
-        if request is not None and position_ids is None and not self.positions_from_ids:
-            return prompt_positions(attention_mask)
+        if position_ids is None:
+            return self.own_positions(input_ids, inputs_embeds, cache, inputs, prunes)
         return position_ids
+
+    def own_positions(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        cache: Cache | None,
+        inputs: dict,
+        prunes: bool,
+    ) -> torch.LongTensor | None:
+        """Rotary positions where the caller gives none; None is stock's way.
+
+        Args:
+            inputs: the call's other arguments.
+            prunes: whether the call is a prompt that is pruned.
+        """
+        if self.takes_ids_beside_embeddings or not prunes:
+            return None
+        return prompt_positions(inputs.get("attention_mask"))
 
     def _check_exactly_one(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> None:
         """Refuse no tokens at all; and both forms of them, where ids say nothing more."""
         both = input_ids is not None and inputs_embeds is not None
-        if (input_ids is None and inputs_embeds is None) or (both and not self.positions_from_ids):
+        if (input_ids is None and inputs_embeds is None) or (
+            both and not self.takes_ids_beside_embeddings
+        ):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
     def _check_boundary(self, arguments: PruningArguments) -> None:

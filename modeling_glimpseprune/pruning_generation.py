@@ -234,16 +234,20 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        """Repeat keep mask and encoded visuals row by row, and note where the prompt ends.
+        """Repeat keep mask and visuals row by row, and note where the prompt ends.
 
-        The stock method repeats a tensor's elements, and of encoded visuals what it knows. The end
-        of the prompt matters without a cache, where later steps run the prompt again with what was
+        The stock method repeats a tensor's elements, and of visuals what it knows. The end of the
+        prompt matters without a cache, where later steps run the prompt again with what was
         generated behind it.
         """
+        names = {*VISUAL_MASKS, ENCODED}
         if expand_size > 1:
             new_ids = self.new_placeholders(input_ids, model_kwargs)
-            model_kwargs |= self._repeated_visuals(new_ids, model_kwargs, expand_size)
-        held = {name: model_kwargs.pop(name, None) for name in (*VISUAL_MASKS, ENCODED)}
+            repeated = self._repeated_visuals(new_ids, model_kwargs, expand_size)
+            repeated |= self.model.repeat_visuals(new_ids, model_kwargs, expand_size)
+            model_kwargs |= repeated
+            names |= repeated.keys()
+        held = {name: model_kwargs.pop(name, None) for name in names}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )

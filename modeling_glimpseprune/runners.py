@@ -76,7 +76,7 @@ class Runners:
         """
         normed = self._normed(layer)
         query, key, value = (
-            split_heads(layer, self._map(layer.self_attn, index, name, normed))
+            split_heads(layer, name, self._map(layer.self_attn, index, name, normed))
             for name in ("q_proj", "k_proj", "v_proj")
         )
         keys = torch.cat([keys.to(key), turn(key, self.rotary)], dim=2)
@@ -111,8 +111,10 @@ class Runners:
             `(N, heads)`, as the predictor takes it.
         """
         normed = self._normed(layer)
-        query = split_heads(layer, self._map(layer.self_attn, index, "q_proj", normed[:, -1:]))
-        key = split_heads(layer, self._map(layer.self_attn, index, "k_proj", normed))
+        query, key = (
+            split_heads(layer, name, self._map(layer.self_attn, index, name, states))
+            for name, states in (("q_proj", normed[:, -1:]), ("k_proj", normed))
+        )
         keys = torch.cat([keys.to(key), turn(key, self.rotary)], dim=2)
         last = tuple(part[:, -1:] for part in self.rotary)
         logits = scaled_products(layer, turn(query, last), keys).to(rows.device)

@@ -1,6 +1,7 @@
 """Everything that is assumed of transformers, and where its releases differ.
 
-The only file that asks for a version or knows a name that a release changed. `tests/test_stock.py`
+This file and `stock_qwen3_vl.py`, which is of that family alone, are the only ones that ask for a
+version or know a name that a release changed. `tests/test_stock.py`
 holds each assumption against the installed release, so that the next change fails there first.
 
 | what | 4.57 | 5.8 to 5.23 | 5.24 |
@@ -173,6 +174,12 @@ def plain_rotary(
     )
 
 
+# Whether hidden states of a layer show what visuals add to its input: in transformers 4 they do, as
+# it is added in place.
+STATES_SHOW_ADDITIONS = not TRANSFORMERS_5
+LAYER_OUTPUTS = ("hidden_states", "attentions")
+
+
 def number_of_tokens(query: int | torch.Tensor) -> int:
     """New tokens, as `get_mask_sizes` is told them: a number, or on transformers 4 positions."""
     return query if isinstance(query, int) else query.shape[0]
@@ -182,21 +189,33 @@ def number_of_tokens(query: int | torch.Tensor) -> int:
 AS_OUTPUT = {"return_dict": True} if TRANSFORMERS_5 else {}
 
 
-def embeddings_of(features) -> Sequence[torch.Tensor]:
-    """One `(placeholders, hidden)` tensor an image, of what the stock encoder returns."""
-    return features.pooler_output if TRANSFORMERS_5 else features
+def encoder_fields(outputs, adds_between_layers: bool) -> dict:
+    """What the stock encoder returned, by the names and in the order of transformers 5.
 
+    Images are told apart in all that the decoder takes.
 
-def encoder_fields(features) -> dict:
-    """What else the stock encoder returns."""
-    names = ("last_hidden_state", "hidden_states", "attentions") if TRANSFORMERS_5 else ()
-    return {name: getattr(features, name) for name in names}
+    Args:
+        adds_between_layers: whether it returns something to add between decoder layers.
+    """
+    fields = outputs
+    if not TRANSFORMERS_5:
+        embeddings, added = outputs if adds_between_layers else (outputs, None)
+        fields = {"pooler_output": embeddings, "deepstack_features": added}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if adds_between_layers and not ENCODES_FIRST:
+        sizes = [len(of_image) for of_image in fields["pooler_output"]]
+        added = [layer.split(sizes) for layer in fields["deepstack_features"]]
+        fields["deepstack_features"] = added
+    return fields
 
 
 def in_stock_form(features, return_dict: bool):
     """Encoded visuals in the form in which the stock methods return them."""
+    added = features.deepstack_features
+    if added is not None and not ENCODES_FIRST:
+        added = features["deepstack_features"] = [torch.cat(list(layer)) for layer in added]
     if not TRANSFORMERS_5:
-        return features.pooler_output
+        return features.pooler_output if added is None else (features.pooler_output, added)
     if return_dict:
         return features
     return features.to_tuple()

@@ -1,6 +1,6 @@
 """Tokens on their way through a decoder, and how their caller sees them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import pad
@@ -36,6 +36,8 @@ class TokenBlock:
         log_keep: `(batch, past slots + tokens)`, what a soft mask adds to the scores of each key.
         held: what waits in front of the block's own tokens, once they are joined; `hidden_states`
             hold the own ones alone until the prompt is compact.
+        additions: by decoder layer what is still to be added to `hidden_states` before it runs,
+            laid out as they are.
         unseen: tokens at the beginning that the caller does not see, those of a prefix.
     """
 
@@ -55,6 +57,7 @@ class TokenBlock:
     log_keep: torch.Tensor | None = None
     held: HeldPrompt | None = None
     unseen: int = 0
+    additions: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def has_glimpse(self) -> bool:
@@ -77,12 +80,22 @@ class TokenBlock:
         batch, count = len(self.hidden_states), len(vectors)
         rows = vectors.expand(batch, -1, -1)
         self.hidden_states = _insert(self.hidden_states, rows, place, dim=1)
+        self.additions = {
+            layer: _insert(added, torch.zeros_like(rows), place, dim=1)
+            for layer, added in self.additions.items()
+        }
         positions = self.following_positions(count)
         self.position_ids = _insert(self.position_ids, positions, place, dim=-1)
         if self.mask is not None:
             ones = self.mask.new_ones(batch, count)
             self.mask = _insert(self.mask, ones, self.past_slots + place, dim=1)
         self.glimpse_slice = slice(place, place + count)
+
+    def add(self, layer: int) -> None:
+        """Add to the hidden states, once, what is added before a decoder layer."""
+        added = self.additions.pop(layer, None)
+        if added is not None:
+            self.hidden_states = self.hidden_states + added.to(self.hidden_states.device)
 
     def following_positions(self, count: int) -> torch.Tensor:
         """`(..., batch, count)` rotary positions behind the prompt, the same on every axis."""
@@ -104,10 +117,14 @@ class TokenBlock:
 
     def states_at(self, columns: torch.Tensor) -> torch.Tensor:
         """Hidden states `(batch, tokens, hidden)` at some columns `(batch, tokens)`."""
-        states = self.hidden_states
         if self.held is not None:
-            return self.held.states_at(columns, states)
-        return states.take_along_dim(columns.to(states.device)[..., None], dim=1)
+            return self.held.states_at(columns, self.hidden_states)
+        return _at(columns, self.hidden_states)
+
+    def _additions_at(self, columns: torch.Tensor) -> dict[int, torch.Tensor]:
+        if self.held is not None:
+            return self.held.additions_at(columns, self.hidden_states, self.additions)
+        return {layer: _at(columns, added) for layer, added in self.additions.items()}
 
     def take(self, order: torch.Tensor, real: torch.Tensor | None) -> None:
         """Keep some of the block's tokens.
@@ -117,6 +134,7 @@ class TokenBlock:
             real: `(batch, slots)` bool, False at slots that only pad, or None when none does.
         """
         positions = self.position_ids
+        self.additions = self._additions_at(order)
         self.hidden_states, self.held = self.states_at(order), None
         self.position_ids = positions.take_along_dim(
             order.expand(*positions.shape[:-1], -1), dim=-1
@@ -205,6 +223,10 @@ class TokenBlock:
             seen = seen & self.mask[:, None].to(seen.device)
         seen = seen.expand(batch, -1, -1)
         return torch.where(seen, self.log_keep[:, None], UNSEEN)[:, None]
+
+
+def _at(columns: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return states.take_along_dim(columns.to(states.device)[..., None], dim=1)
 
 
 def _insert(tensor: torch.Tensor, part: torch.Tensor, position: int, dim: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Encodes images and videos by the stock methods, and keeps what the predictor needs of them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,9 +8,10 @@ from torch import nn
 
 from .encode_choice import EncodeChoice
 from .glimpse import Glimpse
+from .layer_additions import LayerAdditions
 from .pruning_arguments import validate_mask
 from .redundant_patches import telling_tokens
-from .stock import AS_OUTPUT, OF_ENCODERS, embeddings_of, encoder_fields, in_stock_form
+from .stock import AS_OUTPUT, OF_ENCODERS, encoder_fields, in_stock_form
 from .visual_features import VisualFeatures, tap_outputs
 
 
@@ -21,12 +21,16 @@ class VisualEncodingMixin:
     Attributes:
         visual_inputs: for each kind of visual, the arguments that its encoder takes, pixels first.
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
+        adds_between_layers: whether encoders return something to add between decoder layers, too.
+        features_class: of encoded visuals.
     """
 
     config: object
     glimpse: Glimpse
     visual_inputs: dict[str, tuple[str, ...]] = {}
     visual_notes: dict[str, tuple[str, ...]] = {}
+    adds_between_layers = False
+    features_class: type[VisualFeatures] = VisualFeatures
 
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
@@ -59,13 +63,14 @@ class VisualEncodingMixin:
             ValueError: for a field of the configuration that cannot be.
         """
         self.check_config()
-        encode = getattr(super(), f"get_{kind}_features")
         with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
-            outputs = encode(**inputs, **AS_OUTPUT)
+            outputs = self.run_encoder(kind, **inputs, **AS_OUTPUT)
         pixels, *others = self.visual_inputs[kind]
         others = {name: inputs[name] for name in others if inputs.get(name) is not None}
-        features = self.describe_visuals(embeddings_of(outputs), taps, **others)
-        return replace(features, **encoder_fields(outputs))
+        features = self._of_stock(outputs)
+        described = self.describe_visuals(features.pooler_output, taps, **others)
+        features["glimpse_views"] = described.glimpse_views
+        return features
 
     def encode_part(
         self, kind: str, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], **inputs
@@ -119,8 +124,14 @@ class VisualEncodingMixin:
     def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
         """Encode by the stock method alone; arguments as for `encode_visual`."""
         self.check_config()
-        outputs = getattr(super(), f"get_{kind}_features")(**inputs, **AS_OUTPUT)
-        return VisualFeatures(pooler_output=embeddings_of(outputs), **encoder_fields(outputs))
+        return self._of_stock(self.run_encoder(kind, **inputs, **AS_OUTPUT))
+
+    def _of_stock(self, outputs) -> VisualFeatures:
+        return self.features_class.of(encoder_fields(outputs, self.adds_between_layers))
+
+    def run_encoder(self, kind: str, **inputs):
+        """Call the stock method `get_{kind}_features`."""
+        return getattr(super(), f"get_{kind}_features")(**inputs)
 
     def asked_of_encoders(self, asked: dict) -> dict:
         """What a call asks to see of layers, as far as the stock backbone hands it to encoders."""
@@ -201,3 +212,14 @@ class VisualEncodingMixin:
             mask = masks[kind][..., None].expand_as(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(mask, embeddings)
         return inputs_embeds
+
+    def _layer_additions(
+        self, encoded: dict[str, VisualFeatures], masks: dict[str, torch.Tensor]
+    ) -> LayerAdditions | None:
+        """What encoded visuals add between decoder layers, if they do."""
+        if not encoded or not self.adds_between_layers:
+            return None
+        features = [
+            [torch.cat(list(layer)) for layer in encoded[kind].deepstack_features] for kind in masks
+        ]
+        return LayerAdditions(list(masks.values()), features)

@@ -38,14 +38,29 @@ class VisualFeatures(BaseModelOutputWithPooling):
 
     Attributes:
         pooler_output: one `(placeholders, hidden)` tensor an image.
+        deepstack_features: for each of the decoder's first layers what is added behind it, one
+            `(placeholders, hidden)` tensor an image; None in most families.
         glimpse_views: for each image its views, in prompt order.
     """
 
+    deepstack_features: list[Sequence[torch.Tensor]] | None = None
     glimpse_views: list[list[ImageView]] | None = None
+
+    @classmethod
+    def of(cls, fields: dict) -> "VisualFeatures":
+        """Features with some of the fields, in the order in which they come."""
+        features = cls()
+        for name, value in fields.items():
+            features[name] = value
+        return features
+
+    def without_views(self) -> "VisualFeatures":
+        """The same without `glimpse_views`."""
+        return self.of({name: self[name] for name in self if name != "glimpse_views"})
 
     def to_tuple(self) -> tuple:
         """The stock fields that hold something."""
-        return tuple(value for name, value in self.items() if name != "glimpse_views")
+        return tuple(self.without_views().values())
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -55,8 +70,12 @@ class VisualFeatures(BaseModelOutputWithPooling):
 
     def select(self, images: Sequence[int]) -> "VisualFeatures":
         """The features of some images, each as often as it is named."""
-        return VisualFeatures(
+        added = self.deepstack_features
+        if added is not None:
+            added = [[layer[image] for image in images] for layer in added]
+        return type(self)(
             pooler_output=[self.pooler_output[image] for image in images],
+            deepstack_features=added,
             glimpse_views=self.glimpse_views and [self.glimpse_views[image] for image in images],
         )
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from llava_prompts import config_fields, llava_image, llava_next_image, next_config_fields
+from qwen3_prompts import qwen3_config_fields, qwen3_frames
 from stage1_data import write_base, write_data
 from transformers import (
     LlavaConfig,
@@ -26,9 +27,11 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
-from glimpseprune.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
+from glimpseprune.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, Family
 from glimpseprune.training.base import load_for_training
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -241,7 +244,7 @@ def _build_row(parts: list, generator: torch.Generator, build_visual: Callable) 
         views += views_of_part
     row = {"input_ids": torch.tensor([ids])}
     row["attention_mask"] = torch.ones_like(row["input_ids"])
-    if TRANSFORMERS_5 and build_visual is build_qwen_visual:
+    if TRANSFORMERS_5 and build_visual in (build_qwen_visual, build_qwen3_visual):
         row["mm_token_type_ids"] = _token_types(row["input_ids"])
     return row | _concatenate(pixels), views
 
@@ -259,6 +262,14 @@ def build_qwen_visual(part: tuple, generator: torch.Generator) -> tuple[list[int
     return [VISION_START, *[token] * count, VISION_END], inputs, [(kind, part)]
 
 
+def build_qwen3_visual(part: tuple, generator: torch.Generator) -> tuple[list[int], dict, list]:
+    """See `FamilyOfTests`."""
+    ids, inputs, views = build_qwen_visual(part, generator)
+    if len(part) == 3:
+        ids = qwen3_frames(ids, part[0], generator)
+    return ids, inputs, views
+
+
 FAMILIES = {
     "qwen2_5_vl": FamilyOfTests(
         QWEN2_5_VL,
@@ -266,6 +277,13 @@ FAMILIES = {
         Qwen2_5_VLForConditionalGeneration,
         build_config_fields,
         build_qwen_visual,
+    ),
+    "qwen3_vl": FamilyOfTests(
+        QWEN3_VL,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        partial(qwen3_config_fields, VOCABULARY, PAD_TOKEN),
+        build_qwen3_visual,
     ),
     "llava": FamilyOfTests(
         LLAVA,
@@ -282,6 +300,21 @@ FAMILIES = {
         llava_next_image,
     ),
 }
+
+
+def sees_videos(family: str) -> bool:
+    """Whether prompts of a family may hold videos."""
+    return hasattr(FAMILIES[family].stock_class, "get_video_features")
+
+
+def has_windows(family: str) -> bool:
+    """Whether a family's vision encoder attends within windows."""
+    return FAMILIES[family].family.config_class.has_vision_windows
+
+
+def counts_from_ids(family: str) -> bool:
+    """Whether a family's rotary positions are derived from ids."""
+    return FAMILIES[family].family.model_class.backbone_class.positions_from_ids
 
 
 def _token_types(input_ids: torch.Tensor) -> torch.Tensor:

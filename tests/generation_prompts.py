@@ -5,7 +5,7 @@ import torch
 from conftest import Batch
 from test_invariants import PROMPTS
 
-QWEN_ONLY = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+QWEN_ONLY = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 ONE, RAGGED = PROMPTS["one_image"], PROMPTS["ragged_batch"]
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from reference import (
+    added_between_layers,
     allowed_attention,
     dropped_positions,
     embeddings_of,
@@ -70,6 +71,7 @@ class Sequence(NamedTuple):
         frozen: `(L,)` bool, True at tokens that do not move above the prune layer.
         is_glimpse: `(L,)` bool.
         seen: for each layer `(L, L)` bool, True where a query (row) may see a key (column).
+        added: `(L, hidden)` for each of the first layers, what tokens that move gain behind it.
     """
 
     states: torch.Tensor
@@ -77,6 +79,7 @@ class Sequence(NamedTuple):
     frozen: torch.Tensor
     is_glimpse: torch.Tensor
     seen: list[torch.Tensor]
+    added: list[torch.Tensor]
 
 
 def score_ahead(
@@ -112,7 +115,7 @@ def start_sequence(stock, config, prompt: dict, earlier: Earlier | None = None) 
 
     Visual tokens of earlier turns are text to this one: those that were kept stand in the cache.
     """
-    words = embeddings_of(stock, prompt)[0]
+    words, behind = embeddings_of(stock, prompt)[0], added_between_layers(stock, prompt)
     count = config.num_glimpse_tokens
     states = torch.cat([words, words.new_zeros(count, words.shape[-1])])
     length, place = len(states), torch.arange(len(states))
@@ -128,7 +131,8 @@ def start_sequence(stock, config, prompt: dict, earlier: Earlier | None = None) 
         for layer in range(config.glimpse_layer + 1)
     ]
     position_ids = positions(stock, prompt, length).reshape(-1, length)
-    return Sequence(states, position_ids, frozen, place >= length - count, seen)
+    added = [torch.cat([each, each.new_zeros(count, each.shape[-1])]) for each in behind]
+    return Sequence(states, position_ids, frozen, place >= length - count, seen, added)
 
 
 def attention_ahead(
@@ -158,6 +162,8 @@ def attention_ahead(
         states = torch.where(movers[:, None], states + attended, states)
         movers = moves if index >= prune_layer else everybody
         states = torch.where(movers[:, None], states + layer.mlp(states), states)
+        if index < len(sequence.added):
+            states = torch.where(movers[:, None], states + sequence.added[index], states)
     columns = torch.cat([looks[index] for index in config.attention_layers])
     if config.attention_scores == "log_probabilities":
         columns = columns.log_softmax(-1)
@@ -187,12 +193,16 @@ class _Layer:
         The latter are `(heads, L)`, -inf where it may not see.
         """
         heads, shared = self.config.num_attention_heads, self.config.num_key_value_heads
-        size = self.config.hidden_size // heads
+        size = self.weights.self_attn.head_dim
         attention, normed = self.weights.self_attn, self._norm("input_layernorm", states)
         query, key, value = (
             self._map(attention, name, normed).view(len(states), -1, size).transpose(0, 1)
             for name in ("q_proj", "k_proj", "v_proj")
         )  # each (heads or key-value heads, L, size)
+        if self.config.model_type == "qwen3_vl_text":
+            eps = self.config.rms_norm_eps
+            query = rms_norm(query, attention.q_norm.weight, eps)
+            key = rms_norm(key, attention.k_norm.weight, eps)
         query, key = self._rotate(query), self._rotate(key)
         key, value = (each.repeat_interleave(heads // shared, dim=0) for each in (key, value))
         scores = query @ key.transpose(1, 2) / math.sqrt(size)
@@ -237,4 +247,6 @@ class _Layer:
         if len(self.sequence.position_ids) == 1:
             return [0] * half
         sections = self.config.rope_scaling["mrope_section"]
+        if self.config.model_type == "qwen3_vl_text":  # in turns, as long as a section lasts
+            return [i % 3 if i // 3 < sections[i % 3] else 0 for i in range(half)]
         return [axis for axis, pairs in enumerate(sections) for _ in range(pairs)]

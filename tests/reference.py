@@ -130,7 +130,7 @@ def positions(stock, prompt: dict, length: int) -> torch.Tensor:
     `generate` counts on from the last token, which a long video before it may have overtaken.
     """
     prompt_length = prompt["input_ids"].shape[1]
-    if stock.config.model_type != "qwen2_5_vl":
+    if stock.config.model_type not in ("qwen2_5_vl", "qwen3_vl"):
         return torch.arange(length)[None]
     if "image_grid_thw" in prompt or "video_grid_thw" in prompt:
         names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
@@ -243,22 +243,41 @@ def rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> t
 
 def embeddings_of(stock, prompt: dict) -> torch.Tensor:
     """What the decoder is given, `(1, P, hidden)`: words and encoded images in their places."""
+    return _given_to_decoder(stock, prompt)["inputs_embeds"]
+
+
+def added_between_layers(stock, prompt: dict) -> list[torch.Tensor]:
+    """What is added to hidden states behind layer 0, 1, ...: `(P, hidden)` each, zeros at words."""
+    given = _given_to_decoder(stock, prompt)
+    if given.get("visual_pos_masks") is None:
+        return []
+    places = [i for i, visual in enumerate(given["visual_pos_masks"][0].tolist()) if visual]
+    added = []
+    for features in given["deepstack_visual_embeds"]:
+        added.append(torch.zeros_like(given["inputs_embeds"][0]))
+        for place, feature in zip(places, features, strict=True):
+            added[-1][place] = feature
+    return added
+
+
+def _given_to_decoder(stock, prompt: dict) -> dict:
     captured = {}
 
     def note(module, args, kwargs):
-        captured["embeddings"] = kwargs["inputs_embeds"]
+        captured.update(kwargs)
 
     hook = stock.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
     pixels = {name: prompt[name] for name in PIXEL_INPUTS if name in prompt}
     length = prompt["input_ids"].shape[1]
     stock(input_ids=prompt["input_ids"], position_ids=positions(stock, prompt, length), **pixels)
     hook.remove()
-    return captured["embeddings"]
+    return captured
 
 
 def _run_with_glimpse(stock, weights: dict, config, prompt: dict):
     """Inputs `(P + g, hidden)` of each layer, its keys, and the last token's position."""
     text_model, embeddings = stock.model.language_model, embeddings_of(stock, prompt)
+    behind = added_between_layers(stock, prompt)
     length, count = prompt["input_ids"].shape[1], config.num_glimpse_tokens
     eps = config.get_text_config().rms_norm_eps
     added = [
@@ -272,6 +291,8 @@ def _run_with_glimpse(stock, weights: dict, config, prompt: dict):
     def add_glimpse(index: int) -> Callable:
         def hook(layer, args, kwargs):
             states = args[0].clone()
+            if 0 < index <= len(behind):
+                states[0, :length] += behind[index - 1]
             if index > 0 and added[index] is not None:
                 states[0, -count:] += added[index]
             inputs[index] = states[0]
@@ -296,8 +317,10 @@ def _attention_of_last(stock, layer: int, hidden, keys, position: int) -> torch.
     config = stock.config.get_text_config()
     decoder_layer = stock.model.language_model.layers[layer]
     normed = rms_norm(hidden, decoder_layer.input_layernorm.weight, config.rms_norm_eps)
-    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    heads, size = config.num_attention_heads, decoder_layer.self_attn.head_dim
     query = decoder_layer.self_attn.q_proj(normed).view(heads, size)
+    if config.model_type == "qwen3_vl_text":
+        query = rms_norm(query, decoder_layer.self_attn.q_norm.weight, config.rms_norm_eps)
     angles = [position * 10_000.0 ** (-2 * i / size) for i in range(size // 2)]
     scores = torch.empty(heads, keys.shape[1])
     for head in range(heads):
@@ -320,7 +343,8 @@ def _rotate(vector: torch.Tensor, angles: list[float]) -> torch.Tensor:
 
 def _tapped_features(stock, vision_layers: list[int], prompt: dict):
     """What conditions the predictor, as `(n, width)` a layer, and the n tokens."""
-    family = {"qwen2_5_vl": _features_of_qwen, "llava": _features_of_llava}
+    family = dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), _features_of_qwen)
+    family["llava"] = _features_of_llava
     return family.get(stock.config.model_type, _features_of_llava_next)(
         stock, vision_layers, prompt
     )
@@ -406,9 +430,12 @@ def _window_key(token: _Token) -> tuple:
 
 
 def _tokens(grids: list[list[int]], vision) -> list[_Token]:
-    """The visual tokens of `(frames, height, width)` patch grids, in raster order."""
-    side = vision.window_size // vision.patch_size // vision.spatial_merge_size
-    tokens = []
+    """The visual tokens of `(frames, height, width)` patch grids, in raster order.
+
+    Without windows all of a frame is one.
+    """
+    window = getattr(vision, "window_size", math.inf)
+    side, tokens = window // vision.patch_size // vision.spatial_merge_size, []
     for image, (frames, height, width) in enumerate(grids):
         rows, columns = height // vision.spatial_merge_size, width // vision.spatial_merge_size
         for frame, row, column in product(range(frames), range(rows), range(columns)):

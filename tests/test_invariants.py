@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import TRANSFORMERS_5, Batch, Models
+from conftest import FAMILIES, TRANSFORMERS_5, Batch, Models, has_windows, sees_videos
 from reference import generate_hidden, run_hidden, score_slowly, select_slowly
 from transformers import DynamicCache
 
@@ -30,17 +30,19 @@ IMAGE_PROMPTS = [
     "batch_with_text_only_row",
     "strips_beside_photos",
 ]
-FAMILY_NAMES = ("qwen2_5_vl", "llava", "llava_next")
+FAMILY_NAMES = tuple(FAMILIES)
 TEXT_ONLY = {"one": [[7]], "batch": [[3], [9], [5]]}
 
 
 @pytest.fixture(params=FAMILY_NAMES)
 def family(request):
-    """Every test here holds for every family; prompts with videos are Qwen2.5-VL's alone."""
+    """Every test here holds for every family; prompts with videos for those that see them."""
     callspec = request.node.callspec.params
     prompts, variant = callspec.get("name"), callspec.get("variant")
-    if request.param != "qwen2_5_vl" and ("video" in str(prompts) or variant == "windowed"):
-        pytest.skip("CLIP sees neither videos nor windows")
+    if "video" in str(prompts) and not sees_videos(request.param):
+        pytest.skip("CLIP sees no videos")
+    if variant == "windowed" and not has_windows(request.param):
+        pytest.skip("its vision encoder has no windows")
     return request.param
 
 
@@ -318,7 +320,7 @@ def test_importance_equals_the_slow_score(build_models, build_batch, variant, fa
     models = build_models(4, glimpse=GLIMPSE_VARIANTS[variant], num_layers=4)
     prompts = [[2, (3, 4), 2], [1, (2, 3), 1, (3, 1), 3]]
     if variant == "default":
-        prompts += [[5]] + [[3, (2, 3, 3), 2]] * (family == "qwen2_5_vl")
+        prompts += [[5]] + [[3, (2, 3, 3), 2]] * sees_videos(family)
     batch = build_batch(prompts)
     importance = models.pruned.glimpse(**batch.inputs).importance
     assert importance.std() > 0.05
@@ -523,7 +525,7 @@ def decode(model, inputs: dict, num_tokens: int, explicit_positions: bool, **pre
 
 def first_position(model, inputs: dict) -> torch.Tensor:
     """Rotary positions of the first answer token of each row: `(..., batch, 1)`."""
-    if model.config.model_type != "glimpseprune_qwen2_5_vl":
+    if not model.model.positions_from_ids:
         return torch.full((len(inputs["input_ids"]), 1), inputs["input_ids"].shape[1])
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
     arguments = {name: inputs[name] for name in names if name in inputs}

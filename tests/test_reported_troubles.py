@@ -5,7 +5,7 @@ What comes back from a call, and how it may be made, is in `test_stock_contract.
 
 import pytest
 import torch
-from conftest import Batch, pad_together
+from conftest import Batch, counts_from_ids, pad_together
 from test_invariants import FAMILY_NAMES, assert_near, generate
 
 from modeling_glimpseprune.row_boundaries import AlignedRows, first_labelled
@@ -206,7 +206,7 @@ def test_packed_rows_are_refused_while_pruning(shared_models, build_batch, famil
     inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
     length = inputs["input_ids"].shape[1]
     packed = torch.cat([torch.arange(length // 2), torch.arange(length - length // 2)])[None]
-    if family == "qwen2_5_vl":
+    if counts_from_ids(family):
         packed = packed[None].expand(4, -1, -1)
     with pytest.raises(ValueError, match="position_ids start again within a row"):
         models.pruned(**inputs, position_ids=packed)

@@ -59,7 +59,7 @@ from modeling_glimpseprune.stock import (
     causal_mask,
     clip_transformer,
     counts_positions,
-    embeddings_of,
+    encoder_fields,
     file_of,
     given_cache,
     lacks_weights,
@@ -70,6 +70,7 @@ from modeling_glimpseprune.stock import (
 CODE = Path(__file__).resolve().parents[1] / "modeling_glimpseprune"
 DECODERS = {
     "qwen2_5_vl": {"family": "qwen2_5_vl"},
+    "qwen3_vl": {"family": "qwen3_vl"},
     "llama": {"family": "llava"},
     "mistral": {"family": "llava", "text_model_type": "mistral"},
 }
@@ -208,8 +209,8 @@ def decoder(request):
 
 @pytest.mark.parametrize("file", sorted(CODE.glob("*.py")), ids=lambda file: file.stem)
 def test_one_file_knows_releases(file):
-    """No other file asks for a version or names the cache as one release does."""
-    if file.stem == "stock":
+    """No other file asks for a version or names the cache as one release does; see its table."""
+    if file.stem in ("stock", "stock_qwen3_vl"):
         return
     found = re.findall(r"__version__|TRANSFORMERS_5|past_key_values|importlib", file.read_text())
     assert not found, f"{file.name} has {found}: what differs between releases is for stock.py"
@@ -741,18 +742,24 @@ def test_an_offloaded_layer_is_fetched_before_it_is_gathered():
 
 @torch.no_grad()
 def test_images_are_encoded_one_by_one(shared_models, build_batch):
-    """`embeddings_of` gives each image's placeholders, by the arguments that our families name."""
+    """`encoder_fields` has each image's placeholders, by the arguments that our families name."""
     models, batch = shared_models(31), build_batch(PROMPT)
     names = models.pruned.model.visual_inputs["image"]
     assert_takes(type(models.stock.model).get_image_features, names, "images are encoded with them")
     given = {name: batch.inputs[name] for name in names if name in batch.inputs}
-    embeddings = embeddings_of(models.stock.model.get_image_features(**given))
+    outputs = models.stock.model.get_image_features(**given)
+    fields = encoder_fields(outputs, models.pruned.model.adds_between_layers)
+    embeddings = fields["pooler_output"]
     token_id = models.stock.config.image_token_id
     expected = [(int((row["input_ids"] == token_id).sum()), 32) for row in batch.rows]
     assert [tuple(of_image.shape) for of_image in embeddings] == expected, (
         f"{installed()}: get_image_features returns {[each.shape for each in embeddings]}, but "
         f"the images take {expected}"
     )
+    for layer in fields.get("deepstack_features", ()):
+        assert [tuple(of_image.shape) for of_image in layer] == expected, (
+            f"{installed()}: what is added between layers is laid out in another way than images"
+        )
 
 
 @torch.no_grad()

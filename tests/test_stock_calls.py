@@ -99,7 +99,7 @@ def test_image_features_have_the_stock_fields(shared_models, build_batch, part):
 
 
 @OF_TRANSFORMERS_5
-@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 @pytest.mark.parametrize("part", ["model", "backbone"])
 @torch.no_grad()
 def test_video_features_have_the_stock_fields(shared_models, build_batch, part):

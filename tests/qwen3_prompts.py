@@ -1,0 +1,56 @@
+"""Tiny configurations and prompts of Qwen3-VL, for `conftest.py`.
+
+Two vision blocks (or the only one) add features, behind decoder layers 0 and 1. Heads are wider
+than their share of the model, as in the published 4B. A frame of a video has text in front of it,
+as published prompts have its time.
+"""
+
+import torch
+
+VIDEO_TOKEN, VISION_START, VISION_END = 191, 192, 193
+HEAD, SECTIONS = 16, [4, 2, 2]
+PATCH, MERGE = 4, 2
+FIRST_SPECIAL_TOKEN, IMAGE_TOKEN = 190, 190
+
+
+def qwen3_config_fields(
+    vocabulary: int,
+    pad_token: int,
+    hidden_size: int = 32,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    num_key_value_heads: int = 2,
+    vision_depth: int = 3,
+    **windows,
+) -> dict:
+    """Keyword arguments of a tiny stock configuration; the encoder has no windows to be set."""
+    text = dict(
+        vocab_size=vocabulary, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=num_heads, rms_norm_eps=1e-6,
+        num_key_value_heads=num_key_value_heads, head_dim=HEAD, max_position_embeddings=2048,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=pad_token,
+        rope_theta=10_000.0, rope_scaling={
+            "rope_type": "default", "mrope_section": SECTIONS, "mrope_interleaved": True,
+        },
+    )  # fmt: skip
+    vision = dict(
+        depth=vision_depth, hidden_size=16, intermediate_size=32, num_heads=2, in_channels=3,
+        out_hidden_size=hidden_size, patch_size=PATCH, spatial_merge_size=MERGE,
+        temporal_patch_size=2, num_position_embeddings=16,
+        deepstack_visual_indexes=list(range(min(2, vision_depth))),
+    )  # fmt: skip
+    return dict(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN, vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def qwen3_frames(ids: list[int], frames: int, generator: torch.Generator) -> list[int]:
+    """Ids of a video whose frames lie apart, from those of one whose frames lie together."""
+    count = ids.count(VIDEO_TOKEN) // frames
+    apart = []
+    for frame in range(frames):
+        words = torch.randint(1, FIRST_SPECIAL_TOKEN, (1 + frame % 2,), generator=generator)
+        apart += [*words.tolist(), VISION_START, *[VIDEO_TOKEN] * count, VISION_END]
+    return apart

@@ -6,6 +6,7 @@ this package opens goes through here, so sizes and boxes are those of the turned
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,11 +31,20 @@ def open_image(path: str | Path) -> Image.Image:
         ValueError: naming the file, when there is none or it is not a readable image.
     """
     with _opened(path) as image:
-        try:
-            image = ImageOps.exif_transpose(image)
-        except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
-            pass
-        return image.convert("RGB")
+        return _upright(image)
+
+
+def image_of(content: bytes, name: str) -> Image.Image:
+    """Read the content of an image file as `open_image` does.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: when it is not a readable image.
+    """
+    with _readable(BytesIO(content), name) as image:
+        return _upright(image)
 
 
 def picture_size(path: str | Path) -> PictureSize:
@@ -54,12 +64,28 @@ def picture_size(path: str | Path) -> PictureSize:
         return PictureSize(width, height, on_its_side)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+    except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
+        pass
+    return image.convert("RGB")
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     if not Path(path).is_file():
         raise ValueError(f"there is no image {path}")
+    with _readable(path, path) as image:
+        yield image
+
+
+@contextmanager
+def _readable(file: str | Path | BytesIO, name: str | Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             yield image
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {name}: it is no image file") from error
+    except OSError as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from error

@@ -129,12 +129,12 @@ def _fetched(address: str) -> bytes:
     try:
         with requests.get(address, timeout=TIMEOUT, stream=True) as response:
             response.raise_for_status()
-            content = b""
+            content = bytearray()
             for piece in response.iter_content(2**20):
                 content += piece
                 if len(content) > LARGEST:
                     raise ValueError(f"it is larger than {LARGEST >> 20} MiB")
-            return content
+            return bytes(content)
     except requests.RequestException as error:
         raise ValueError(f"it cannot be fetched: {error}") from error
 

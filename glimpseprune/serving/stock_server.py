@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse, Response
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.cli.serve import Serve
@@ -110,19 +111,17 @@ class ChatHandler(chat_completion.ChatCompletionHandler):
         self.images, self.prefixes = images, prefixes
         self.answering: Answering | None = None
 
-    async def handle_request(self, body: dict, request_id: str):
-        """The stock method, over images that are read already.
-
-        Raises:
-            HTTPException: 400 with a sentence where a request cannot be answered.
-        """
-        self._validate_request(body)
+    async def handle_request(self, body: dict, request_id: str) -> Response:
+        """The stock method, over images that are read already; or why it cannot answer."""
         try:
+            self._validate_request(body)
             messages = await asyncio.to_thread(self.images.with_images, body.get("messages"))
             handler = super(ChatHandler, copy.copy(self))
             return await handler.handle_request(body | {"messages": messages}, request_id)
         except ValueError as error:
-            raise HTTPException(status_code=400, detail=str(error)) from error
+            return refusal(400, str(error))
+        except HTTPException as error:
+            return refusal(error.status_code, str(error.detail))
 
     def _resolve_model(self, body: dict) -> tuple[str, "Answering", ProcessorMixin]:
         model_id, model, processor = super()._resolve_model(body)
@@ -203,13 +202,14 @@ class OtherHandler:
     def __init__(self, *args, **kwargs):
         pass
 
-    async def handle_request(self, *args):
-        """Refuse.
+    async def handle_request(self, *args) -> JSONResponse:
+        return refusal(404, "this server answers at /v1/chat/completions alone")
 
-        Raises:
-            HTTPException: 404, always.
-        """
-        raise HTTPException(status_code=404, detail="this server has /v1/chat/completions alone")
+
+def refusal(status: int, message: str) -> JSONResponse:
+    """An answer that says why there is none, as OpenAI's clients read it."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 def serve(

@@ -19,6 +19,7 @@ COMMANDS = {
     "make-pages": "write pages of the tiny world with questions and evidence boxes",
     "merge": "merge the adapter of stage 2 into its base",
     "push": "upload a finished repository, or go on with an interrupted upload",
+    "serve": "answer over HTTP, by transformers' OpenAI-compatible server",
     "train-base": "train the tiny base model from nothing",
     "train-plus": "stage 2, merge, and stage 1 again, in one go",
     "train-stage1": "train the glimpse token and the visual importance predictor",

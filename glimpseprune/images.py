@@ -40,11 +40,20 @@ def open_image(path: str | Path | BytesIO, max_pixels: int | None = None) -> Ima
                 f"the image {_name(path)} is too large: {image.width} x {image.height} pixels, "
                 f"more than {max_pixels}"
             )
-        try:
-            image = ImageOps.exif_transpose(image)
-        except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
-            pass
-        return image.convert("RGB")
+        return _upright(image)
+
+
+def image_of(content: bytes, name: str) -> Image.Image:
+    """Read the content of an image file as `open_image` does.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: when it is not a readable image.
+    """
+    with _readable(BytesIO(content), name) as image:
+        return _upright(image)
 
 
 def picture_size(path: str | Path) -> PictureSize:
@@ -64,15 +73,31 @@ def picture_size(path: str | Path) -> PictureSize:
         return PictureSize(width, height, on_its_side)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+    except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
+        pass
+    return image.convert("RGB")
+
+
 @contextmanager
 def _opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
     if not isinstance(path, BytesIO) and not Path(path).is_file():
         raise ValueError(f"there is no image {path}")
+    with _readable(path, _name(path)) as image:
+        yield image
+
+
+@contextmanager
+def _readable(file: str | Path | BytesIO, name: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             yield image
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {_name(path)}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {name}: it is no image file") from error
+    except OSError as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from error
 
 
 def _name(path: str | Path | BytesIO) -> str:

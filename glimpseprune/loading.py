@@ -50,9 +50,18 @@ def load_model(
     model = AutoModelForImageTextToText.from_pretrained(
         str(path), trust_remote_code=True, dtype=dtype
     )
+    return model.to(device).eval(), load_processor(path)
+
+
+def load_processor(path: str | Path) -> ProcessorMixin:
+    """The processor of a folder or a Hub repository, which pads prompts on the left.
+
+    Raises:
+        OSError: when there is no such repository.
+    """
     processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)
     processor.tokenizer.padding_side = "left"
-    return model.to(device).eval(), processor
+    return processor
 
 
 @contextmanager

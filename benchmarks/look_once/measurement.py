@@ -140,11 +140,11 @@ def _ways(pair: Pair, workload: Workload, prompts: list[Prompt]) -> dict[str, Wa
         cache = given_cache(copy.deepcopy(cache))
         return stock.generate(**texts[number], **cache, **tokens, **more)
 
+    def ask_fresh(number: int, _, **more):
+        return stock.generate(**whole[number], **tokens, **more)
+
     ways = {
-        "stock fresh": Way(
-            lambda: None,
-            lambda number, _, **more: stock.generate(**whole[number], **tokens, **more),
-        ),
+        "stock fresh": Way(lambda: None, ask_fresh),
         "stock, prefix cache": Way(stock_prefix, ask_over_cache),
     }
     for layer in workload.prune_layers:

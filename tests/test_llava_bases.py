@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import write_base as write_qwen_base
 from test_conversion import write_official
 
-from conversion import repository
+from conversion import processor_files
 from conversion.convert_official import convert
 from conversion.repository import write_repository
 from glimpseprune.hub.shards import ConversionError
@@ -101,7 +101,7 @@ def exchange_words(vocabulary: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_ids_than_the_bases_are_refused(tmp_path, monkeypatch, name):
     """Of every family, before anything is written."""
-    copy = repository.copy_processor_files
+    copy = processor_files.copy_processor_files
 
     def copy_and_exchange(folder, base) -> None:
         copy(folder, base)
@@ -110,7 +110,7 @@ def test_other_ids_than_the_bases_are_refused(tmp_path, monkeypatch, name):
         exchange_words(content if name == "qwen2_5_vl" else content["model"]["vocab"])
         file.write_text(json.dumps(content))
 
-    monkeypatch.setattr(repository, "copy_processor_files", copy_and_exchange)
+    monkeypatch.setattr(processor_files, "copy_processor_files", copy_and_exchange)
     with pytest.raises(ConversionError, match="tokenizer is not its base's: .* becomes .* instead"):
         if name == "qwen2_5_vl":
             base = write_qwen_base(tmp_path / "base")

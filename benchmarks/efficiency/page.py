@@ -63,7 +63,7 @@ def write_page(results: dict, page: Path, early: dict | None = None) -> None:
     points = results["points"]
     centre = points[0]
     sections = [
-        _introduction(results),
+        _introduction(results, early is not None),
         "## The centre\n\n" + _centre(centre),
         "## Sweeps\n\n" + _sweeps(points, page),
         "## Where the time goes\n\n" + _profiles(centre["profiles"]),
@@ -75,13 +75,14 @@ def write_page(results: dict, page: Path, early: dict | None = None) -> None:
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _introduction(results: dict) -> str:
+def _introduction(results: dict, with_early: bool) -> str:
     repetitions = sorted({point["repetitions"] for point in results["points"]})
     unpruned = sorted(point["ratios"]["unpruned first token"] for point in results["points"])
+    early = " and points below P = K out of another file (`--early FILE`)" if with_early else ""
     return f"""# Efficiency
 
 Written by `python -m benchmarks.efficiency --output benchmarks/results --page docs/efficiency.md`
-with the sweeps `{_flags(results["points"])}`.
+with the sweeps `{_flags(results["points"])}`{early}.
 Pruned and stock model share weights (random) and attention implementation, run in turns in one
 process, and compute the logits of the last position only. Ratios are pruned over stock, medians of
 ratios of calls that followed one another. Retention is the kept share of the visual tokens after
@@ -280,8 +281,9 @@ With the vision encoder, which stays, P = 5 and 200 kept come to {with_vision:.3
 Where it loses:
 
 - Short prompts. The look-ahead runs K - P layers once more over a few tokens. Their operations are
-  next to nothing, but each layer's weights are read for them: below about 500 visual tokens that
-  is latency which the shorter prefill hardly pays back. Leave `prune_layer` out there.
+  next to nothing, but each layer's weights are read for them, which costs a share of the prefill
+  that grows as prompts get shorter. On a CPU it still pays at 500 visual tokens (below); on a GPU,
+  where so short a prefill waits for the weights, it may not, and was not measured.
 - No grouped queries. Keys and values of a visual token then cost as much as its queries (a sixth of
   a layer for LLaVA-1.5 against a seventieth for Qwen2.5-VL-7B), so looking ahead over many layers
   costs more than it spares close to K.
@@ -307,19 +309,22 @@ def _early_times(results: dict) -> str:
         cells = [f"{ratios[name]:.3f} ({ratios[f'{name}, P = K']:.3f})" for name in names]
         layer = each["point"]["prune_layer"]
         rows.append(f"| {each['visual']} | {layer} | " + " | ".join(cells) + " |")
-    layers, point = early[0]["layers"], early[0]["point"]
+    layers, point, repetitions = (early[0][name] for name in ("layers", "point", "repetitions"))
+    clock = results["settings"].get("clock", "wall")
+    flags = f"--clock {clock} --repetitions {repetitions} {_flags(results['points'])}"
+    own = " Seconds are those of this process alone on the processor." if clock != "wall" else ""
     unpruned = sorted(each["ratios"]["unpruned first token"] for each in early)
     return f"""
 
 Measured, K = {point["glimpse_layer"]} of {layers}, {point["retention"]:.0%} kept, \
-{early[0]["repetitions"]} repetitions. A cell is the ratio to stock, and in
+{repetitions} repetitions. A cell is the ratio to stock, and in
 brackets that with P = K, whose calls were taken in turns with the others:
 
 {chr(10).join(rows)}
 
-`prune=False` came to {unpruned[0]:.2f} to {unpruned[-1]:.2f} of stock there. Flags
-`{_flags(results["points"])}`;
-{_described(results)}."""
+`prune=False` came to {unpruned[0]:.2f} to {unpruned[-1]:.2f} of stock there. Measured with
+`python -m benchmarks.efficiency --output FOLDER {flags}`;
+{_described(results)}.{own}"""
 
 
 def _of_another_model(

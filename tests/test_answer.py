@@ -310,7 +310,7 @@ def test_a_killed_run_ends_in_the_same_file(mixed, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_twenty_kills_of_two_thousand_rows(tmp_path):
-    """`pytest tests/test_answer.py -m slow -k twenty` (about ten minutes)."""
+    """`pytest tests/test_answer.py -m slow -k twenty` (fifteen minutes on two busy cores)."""
     path = write_pages(tmp_path, "test", range(500), 0)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for place, poison in zip((100, 900, 1999), POISON, strict=True):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .job import AnswersUnits, Job
+from .job import Job
 from .journal import Journal
 from .results import failed, sentence_of
 from .units import Unit
@@ -77,9 +77,10 @@ class RayPool:
             for window in journal.open_windows()
         ]
         attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
-        context = ray.data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        with ray.data.DataContext.current(context):
+        resources = self._resources()
+        context = ray.data.DataContext.get_current()
+        shows_bars, context.enable_progress_bars = context.enable_progress_bars, False
+        try:
             answers = (
                 ray.data.from_items(windows, override_num_blocks=min(len(windows), MOST_BLOCKS))
                 .map_batches(
@@ -88,13 +89,15 @@ class RayPool:
                 .repartition(target_num_rows_per_block=1)
                 .map_batches(
                     UnitAnswerer,
-                    fn_constructor_args=(job.make_answerer, attempts, job.masks),
+                    fn_constructor_args=(job, attempts, "num_gpus" in resources),
                     batch_size=1,
-                    **self._resources(),
+                    **resources,
                 )
             )
-            for row in answers.iter_rows():
-                yield pickle.loads(row["answers"])
+        finally:
+            context.enable_progress_bars = shows_bars
+        for row in answers.iter_rows():
+            yield pickle.loads(row["answers"])
 
     def _resources(self) -> dict[str, object]:
         """What the pool is made of, as `map_batches` takes it."""
@@ -122,13 +125,15 @@ class UnitAnswerer:
     """What an actor of the pool does.
 
     Args:
-        make_answerer: see `Job`.
+        job: what it works on.
         attempts: the actor that counts.
-        masks: whether answers have masks.
+        sees_gpus: False hides those of the machine, which are others'.
     """
 
-    def __init__(self, make_answerer: Callable[[], AnswersUnits], attempts, masks: bool):
-        self.answerer, self.attempts, self.masks = make_answerer(), attempts, masks
+    def __init__(self, job: Job, attempts, sees_gpus: bool):
+        if not sees_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self.answerer, self.attempts, self.masks = job.make_answerer(), attempts, job.masks
 
     def __call__(self, batch: dict) -> dict:
         units = [pickle.loads(each) for each in batch["unit"]]

@@ -9,7 +9,7 @@ against the installed release.
 
 import asyncio
 import copy
-import importlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -10,7 +10,7 @@ from modeling_glimpseprune.stock import ENCODES_FIRST, given_cache
 from modeling_glimpseprune.visual_features import VisualFeatures
 
 from .baselines.method import PreparedBatch
-from .loading import prepare, prompt_texts
+from .loading import prepare, prompt_texts, prompt_tokens
 from .sample import Sample
 
 
@@ -100,14 +100,9 @@ class Questions:
     def _tokens(self) -> dict:
         """Ids of every whole prompt, without reading an image again."""
         layouts = self.processor.image_layouts(self._different)
-        token, texts = self.processor.image_token, []
-        for text, image in zip(
-            prompt_texts(self.processor, [sample.question for sample in self.samples]),
-            self._image_of_row,
-            strict=True,
-        ):
-            texts.append(text.replace(token, token * layouts[image].placeholders))
-        return self.processor.tokenizer(texts, padding=True, return_tensors="pt")
+        texts = prompt_texts(self.processor, [sample.question for sample in self.samples])
+        placeholders = [[layouts[image].placeholders] for image in self._image_of_row]
+        return prompt_tokens(self.processor, texts, placeholders)
 
 
 def _with_features(model: PreTrainedModel, inputs: dict, features: VisualFeatures) -> dict:

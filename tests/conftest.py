@@ -61,6 +61,7 @@ NEWEST_ONLY = {
     "test_judge",
     "test_look_cost",
     "test_look_once_benchmark",
+    "test_measured_generation",
     "test_metrics",
     "test_packaging",
     "test_publishing_robustness",

@@ -17,9 +17,9 @@ def runs(file: Path) -> set[tuple[str, ...]]:
     return {tuple(lines[start : start + RUN]) for start in range(len(lines) - RUN + 1)}
 
 
-def test_there_are_three_families():
-    names = [file.stem for file in FAMILY_FILES]
-    assert names == ["modeling_llava", "modeling_llava_next", "modeling_qwen2_5_vl"]
+def test_there_are_four_families():
+    names = [file.stem.removeprefix("modeling_") for file in FAMILY_FILES]
+    assert names == ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"]
 
 
 @pytest.mark.parametrize("pair", list(combinations(FAMILY_FILES, 2)), ids=str)

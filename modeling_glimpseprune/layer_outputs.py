@@ -1,5 +1,7 @@
 """Hidden states and attentions of a pruned prefill, laid out as the caller sees the prompt."""
 
+from collections.abc import Callable
+
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -53,6 +55,10 @@ class LayerOutputs:
             return None
         inputs = map(_joined, self._states)
         return select_hidden_states((*inputs, last_hidden_state), asked)
+
+    def move_unnormed(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Lay what `add_unnormed` took out in another way."""
+        self._unnormed = [move(_joined(self._unnormed))] if self._unnormed else []
 
     def told(self, outputs: BaseModelOutputWithPast) -> dict:
         """What classes above the text model are told of the layers: see `with_layers_shown`."""

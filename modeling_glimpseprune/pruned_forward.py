@@ -275,6 +275,7 @@ class PrunedForwardMixin:
         _check_visuals_in_prompt(tokens, rows.prompt_length, moved.length)
         last_hidden_state = self._run_pruned(run, moved, replace(request, compact_output=False))
         states = run.outputs.hidden_states(last_hidden_state, asked)
+        run.outputs.move_unnormed(rows.move_back)
         if states is not None:
             states = tuple(each if each is None else rows.move_back(each) for each in states)
         return outputs_with_cache(rows.move_back(last_hidden_state), None, hidden_states=states)

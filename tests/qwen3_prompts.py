@@ -1,14 +1,16 @@
 """Tiny configurations and prompts of Qwen3-VL, for `conftest.py`.
 
-Two vision blocks (or the only one) add features, behind decoder layers 0 and 1. Heads are wider
-than their share of the model, as in the published 4B. A frame of a video has text in front of it,
-as published prompts have its time.
+The first and the last vision block add features, behind decoder layers 0 and 1. Heads are twice as
+wide as their share of the model, as in the published 4B they are wider. A frame of a video has text
+in front of it, as published prompts have its time.
 """
 
 import torch
+from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+from glimpseprune.tiny_world.vocabulary import build_processor
 
 VIDEO_TOKEN, VISION_START, VISION_END = 191, 192, 193
-HEAD, SECTIONS = 16, [4, 2, 2]
 PATCH, MERGE = 4, 2
 FIRST_SPECIAL_TOKEN, IMAGE_TOKEN = 190, 190
 
@@ -24,20 +26,22 @@ def qwen3_config_fields(
     **windows,
 ) -> dict:
     """Keyword arguments of a tiny stock configuration; the encoder has no windows to be set."""
+    head = 2 * hidden_size // num_heads
+    sections = [head // 2 - head // 8 * 2, head // 8, head // 8]
     text = dict(
         vocab_size=vocabulary, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers, num_attention_heads=num_heads, rms_norm_eps=1e-6,
-        num_key_value_heads=num_key_value_heads, head_dim=HEAD, max_position_embeddings=2048,
+        num_key_value_heads=num_key_value_heads, head_dim=head, max_position_embeddings=2048,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=pad_token,
         rope_theta=10_000.0, rope_scaling={
-            "rope_type": "default", "mrope_section": SECTIONS, "mrope_interleaved": True,
+            "rope_type": "default", "mrope_section": sections, "mrope_interleaved": True,
         },
     )  # fmt: skip
     vision = dict(
         depth=vision_depth, hidden_size=16, intermediate_size=32, num_heads=2, in_channels=3,
         out_hidden_size=hidden_size, patch_size=PATCH, spatial_merge_size=MERGE,
         temporal_patch_size=2, num_position_embeddings=16,
-        deepstack_visual_indexes=list(range(min(2, vision_depth))),
+        deepstack_visual_indexes=sorted({0, vision_depth - 1}),
     )  # fmt: skip
     return dict(
         text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN,
@@ -54,3 +58,14 @@ def qwen3_frames(ids: list[int], frames: int, generator: torch.Generator) -> lis
         words = torch.randint(1, FIRST_SPECIAL_TOKEN, (1 + frame % 2,), generator=generator)
         apart += [*words.tolist(), VISION_START, *[VIDEO_TOKEN] * count, VISION_END]
     return apart
+
+
+def qwen3_processor() -> Qwen3VLProcessor:
+    """A stock processor over the tiny vocabulary, with patches as the tiny world's."""
+    parts = build_processor()
+    return Qwen3VLProcessor(
+        image_processor=parts.image_processor,
+        tokenizer=parts.tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=parts.chat_template,
+    )

@@ -19,6 +19,7 @@ from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
 # Our names -> those of published bases, which a repository's key_mapping turns back.
 PUBLISHED_NAMES = {
     "qwen2_5_vl": {r"^model\.visual\.": "visual.", r"^model\.language_model\.": "model."},
+    "qwen3_vl": {},
     "llava": {
         r"^lm_head\.": "language_model.lm_head.",
         r"^model\.language_model\.": "language_model.model.",

@@ -569,7 +569,7 @@ REFUSALS = {
     ),
     "other family": (
         lambda base, official: change_json(base / "config.json", model_type="qwen2_vl"),
-        "base is a 'qwen2_vl' model; known are qwen2_5_vl, llava, llava_next",
+        "base is a 'qwen2_vl' model; known are qwen2_5_vl, qwen3_vl, llava, llava_next",
     ),
     "no official config": (
         lambda base, official: (official / "config.json").unlink(),
@@ -716,7 +716,7 @@ def test_command_says_what_is_wrong(tmp_path, base, official, capsys):
     arguments = ["--base", str(base), "--glimpse", str(official)]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
-    known = "known are qwen2_5_vl, llava, llava_next"
+    known = "known are qwen2_5_vl, qwen3_vl, llava, llava_next"
     assert printed.err == f"error: {base} is a 'qwen2_vl' model; {known}\n"
     assert not printed.out and not (tmp_path / "out").exists()
 

@@ -9,8 +9,9 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, sees_videos
 from PIL import ExifTags, Image
+from qwen3_prompts import qwen3_processor
 from test_llava import build_processor as build_llava_processor
 from transformers import ProcessorMixin
 
@@ -29,8 +30,9 @@ def family(request) -> str:
 @pytest.fixture
 def processors(family) -> tuple[ProcessorMixin, ProcessorMixin]:
     """A stock processor, and ours of the same parts."""
-    if family == "qwen2_5_vl":
-        stock, settings = build_qwen_processor(), ("video_processor",)
+    if sees_videos(family):
+        build = {"qwen2_5_vl": build_qwen_processor, "qwen3_vl": qwen3_processor}[family]
+        stock, settings = build(), ("video_processor",)
     else:
         stock, settings = build_llava_processor(family), SETTINGS
     names = ("image_processor", "tokenizer", "chat_template", *settings)

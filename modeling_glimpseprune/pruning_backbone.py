@@ -158,8 +158,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
                 to be pruned.
         """
         given = {name: getattr(arguments, name) for name in ENCODE_ARGUMENTS}
-        tolerance, mask = (given[name] for name in ENCODE_ARGUMENTS)
-        asks = mask is not None or not (tolerance is None or tolerance is False)
+        asks = self.asks_for_part(given)
         if asks and (encoded or arguments.prune is False):
             raise ValueError(
                 "redundant_patches and visual_encode_mask are for pixels of a prompt that is "

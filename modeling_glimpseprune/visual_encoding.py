@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .encode_choice import EncodeChoice
+from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .glimpse import Glimpse
 from .layer_additions import LayerAdditions
 from .pruning_arguments import validate_mask
@@ -89,6 +89,11 @@ class VisualEncodingMixin:
     def encode_as_configured(self, kind: str, **inputs) -> VisualFeatures:
         """As `encode_visual`, without the patches that the configuration calls redundant."""
         return self._encode_by(self.encode_choice({}), None, kind, **inputs)
+
+    def asks_for_part(self, given: dict) -> bool:
+        """Whether a call's arguments ask for a part of its visuals to be encoded."""
+        tolerance, mask = (given.get(name) for name in ENCODE_ARGUMENTS)
+        return mask is not None or not (tolerance is None or tolerance is False)
 
     def encode_choice(self, given: dict) -> EncodeChoice:
         """What of a call's visuals to encode; what is not given comes from the configuration.

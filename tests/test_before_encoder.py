@@ -409,6 +409,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="pixels of a prompt that is pruned"):
             model.generate(**inputs, redundant_patches=0, prune=False, max_new_tokens=2)
 
+    def test_a_prefix_is_encoded_already(self, asked):
+        model, inputs = asked
+        prefix = given_cache(model.look(**inputs))
+        with pytest.raises(ValueError, match="visuals behind the prefix, and there are none"):
+            model.generate(**inputs, **prefix, redundant_patches=0, max_new_tokens=2)
+
     @pytest.mark.parametrize("family", ["llava", "llava_next"])
     def test_other_families(self, family):
         model = build_models(family=family).pruned

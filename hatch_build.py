@@ -1,4 +1,4 @@
-"""Puts into a wheel what lies outside of the packages: recipes, and the tiny repository.
+"""Puts into a wheel what lies outside of the packages: recipes, and the tiny repositories.
 
 `glimpseprune/package_files.py` looks for them there, or in a clone where they are. A link goes in
 as the file it leads to.
@@ -6,7 +6,7 @@ as the file it leads to.
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDERS = ("recipes", "hub_configs/tiny")
+FOLDERS = ("recipes", "hub_configs/tiny", "hub_configs/tiny_early")
 
 
 class PackageFiles(BuildHookInterface):

@@ -25,10 +25,10 @@ from tqdm import tqdm
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conversion.processor_files import copy_processor_files
 from conversion.publishing import resolve_base, run_script
 from conversion.repository import (
     LICENCE_FILES,
-    copy_processor_files,
     is_glimpse,
     rename_base,
     resolve_folder,

@@ -13,7 +13,7 @@ from glimpseprune.hub.shards import ConversionError, read_json
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 RECIPE_FIELDS = ("learning_rate", "num_train_epochs", "max_steps", "seed")
 
@@ -122,15 +122,16 @@ def _contents(base: Mapping[str, object]) -> str:
 def _settings(config: Mapping[str, object]) -> str:
     rows = {
         "glimpse layer K (0-based)": config["glimpse_layer"],
-        "prune layer P (0-based)": config.get("prune_layer"),
         "prune_threshold": config["prune_threshold"],
         "max_keep_ratio": config["max_keep_ratio"],
         "min_keep_tokens": config["min_keep_tokens"],
         "predictor width": config["predictor_hidden_size"],
         "vision layers": ", ".join(map(str, config["vision_layers"] or [])),
     }
-    if rows["prune layer P (0-based)"] is None:  # that is K
-        del rows["prune layer P (0-based)"]
+    if config.get("prune_layer") is not None:
+        rows["prune layer P (tokens are dropped there, the glimpse is read ahead)"] = config[
+            "prune_layer"
+        ]
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 

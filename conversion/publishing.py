@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from conversion.model_card import HUB_ID, ModelCard
+from conversion.processor_files import PROCESSOR_FILES
 from conversion.repository import (
     BASE_FILES,
-    PROCESSOR_FILES,
     Publication,
     fetched_commit,
     resolve_folder,

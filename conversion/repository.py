@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from conversion.model_card import ModelCard, base_licence, render_card
+from conversion.processor_files import write_processor
+from conversion.prompt_ids import check_prompt_ids
 from glimpseprune.families import Family
 from glimpseprune.hub.folders import place_file, vacant_sibling
 from glimpseprune.hub.redaction import reasons
@@ -35,24 +37,11 @@ from glimpseprune.hub.shards import (
     find_shards,
     read_json,
 )
-from glimpseprune.portable import make_processor_portable, portable_config, write_json
+from glimpseprune.portable import portable_config, write_json
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX, GLIMPSE_SHARD
 from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
 
 TRAINED_KEY = f"{GLIMPSE_PREFIX}trained"
-PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-PROCESSOR_FILES = (
-    *PROCESSOR_CONFIGS,
-    "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 CARD_FILE = "README.md"
 SUMMARY_FILE = "training_summary.json"
@@ -141,7 +130,8 @@ def write_repository(
 
     Raises:
         ConversionError: when an input is missing or damaged, tensors are missing, unexpected or of
-            a wrong shape, a field cannot be, or `publication` refuses the result.
+            a wrong shape, a field cannot be, the processor's ids are not the base's, or
+            `publication` refuses the result.
         ValueError: when `output` is not empty.
     """
     config = build_config(read_json(base / "config.json"), family, glimpse_fields, publication)
@@ -154,7 +144,8 @@ def write_repository(
         write_json(folder / "config.json", config)
         _write_generation_config(folder, base, model_config)
         copy_code(folder)
-        _copy_processor(folder, base, family)
+        write_processor(folder, base, family)
+        check_prompt_ids(folder, base, family, model_config)
         _copy_licence(folder, base)
         card = render_card(publication.card, config, base_licence(base / CARD_FILE))
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
@@ -267,15 +258,6 @@ def check_tensors(
         raise ConversionError("tensors do not fit the configuration; " + "; ".join(sentences))
 
 
-def copy_processor_files(folder: Path, base: Path) -> None:
-    """Copy tokenizer and processor files as they are."""
-    files = [base / name for name in PROCESSOR_FILES if (base / name).exists()]
-    if not files:
-        logger.info("%s holds no tokenizer or processor files: none are written", base)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-
-
 def without_places(content: object) -> object:
     """A training summary in which absolute paths are cut to their last part."""
     if isinstance(content, Mapping):
@@ -373,18 +355,6 @@ def _write_generation_config(folder: Path, base: Path, config: PretrainedConfig)
     }
     known = {name: token for name, token in tokens.items() if token is not None}
     write_json(folder / source.name, known)
-
-
-def _copy_processor(folder: Path, base: Path, family: Family) -> None:
-    copy_processor_files(folder, base)
-    make_processor_portable(folder)
-    for name in PROCESSOR_CONFIGS:
-        if (folder / name).exists():
-            content = read_json(folder / name)
-            content["processor_class"] = family.processor_class.__name__
-            auto_map = content.get("auto_map", {})
-            content["auto_map"] = auto_map | {"AutoProcessor": family.auto_map["AutoProcessor"]}
-            write_json(folder / name, content)
 
 
 def _copy_licence(folder: Path, base: Path) -> None:

@@ -28,10 +28,10 @@ from transformers import (
     ProcessorMixin,
 )
 
+from conversion.prompt_ids import QUESTION, chat_prompt, placeholder
 from glimpseprune.families import family_of
 from glimpseprune.hub.shards import ConversionError, read_json
 
-QUESTION = "What is written here?"
 HEIGHT, WIDTH = 112, 168
 TEXT_LENGTH = 24
 ATTENTION = "eager"  # runs everywhere, and in one order of additions
@@ -124,7 +124,7 @@ def score(task: Mapping[str, object]) -> dict[str, torch.Tensor]:
         if not (Path(processor_folder) / "tokenizer_config.json").exists():
             ids = torch.arange(1, 1 + TEXT_LENGTH)[None]
             return {"logits": model(input_ids=ids).logits}
-        processor = AutoProcessor.from_pretrained(processor_folder, trust_remote_code=True)
+        processor = _load_processor(task["role"], processor_folder)
         inputs = probe(processor, model.config).to(model.device)
         record = model.glimpse(**inputs)
         logits = model(**inputs, logits_to_keep=1).logits
@@ -150,18 +150,21 @@ def probe(processor: ProcessorMixin, config: PretrainedConfig):
     columns = torch.arange(WIDTH)[None, :, None]
     channels = torch.arange(3)[None, None, :]
     image = ((rows * 3 + columns * 5 + channels * 60) % 256).to(torch.uint8).numpy()
-    return processor(images=[image], text=[_prompt(processor, config)], return_tensors="pt")
-
-
-def _prompt(processor: ProcessorMixin, config: PretrainedConfig) -> str:
     if processor.chat_template:
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-        message = {"role": "user", "content": content}
-        return processor.apply_chat_template([message], add_generation_prompt=True)
-    fields = config.to_dict()
-    around = [fields.get(f"vision_{side}_token_id") for side in ("start", "end")]
-    start, end = ("" if i is None else processor.tokenizer.convert_ids_to_tokens(i) for i in around)
-    return f"{start}{processor.image_token}{end}{QUESTION}"
+        prompt = chat_prompt(processor)
+    else:
+        prompt = placeholder(processor, config) + QUESTION
+    return processor(images=[image], text=[prompt], return_tensors="pt")
+
+
+def _load_processor(role: str, folder: str) -> ProcessorMixin:
+    """With our class, as when its ids were compared with the base's; the repository's as users."""
+    if role == "repository":
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    content = read_json(Path(folder) / "config.json")
+    return family_of(content, folder).processor_class.from_pretrained(
+        folder, trust_remote_code=False
+    )
 
 
 def _load_source(task: Mapping[str, object]) -> PreTrainedModel:

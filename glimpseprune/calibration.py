@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .baselines.method import Method, OwnPruning
 from .data.visual_cot import visible_evidence
-from .evaluation import Answer, batches, by_size, evaluate, prepare_batch
+from .evaluation import Answer, batches, by_size, evaluate
 from .metrics import exact_match
 from .prefill_cost import PrefillLaw
+from .questions import Questions
 from .sample import Sample
 
 SHARES = (0.05, 0.11, 0.30)
@@ -204,9 +205,10 @@ def score_questions(
     importance: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     evidence: list[torch.Tensor] = []
     for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
-        prepared, _ = prepare_batch(model, processor, batch)
+        questions = Questions(model, processor, batch)
         for layer in layers:
-            record = model.glimpse(**prepared.encoded, prune_layer=layer)
+            prepared = questions.ready(layer)
+            record = model.glimpse(**prepared.inputs, prune_layer=layer)
             importance[layer] += record.importance.float().cpu().split(prepared.visual_counts)
         grids: list[list[tuple[int, int]]] = [[] for _ in batch]
         for visual in record.visuals:

@@ -6,8 +6,10 @@ import logging
 import sys
 
 COMMANDS = {
+    "answer": "answer many questions about many images, on one machine or a cluster",
     "ask": "answer a question about an image and show which visual tokens were kept",
     "calibrate": "choose the prune layer and the threshold of a checkpoint, without training",
+    "chat": "answer question after question about images that are looked at once",
     "convert-llava-base": "turn a LLaVA-1.5 base of its authors into the Hub's layout",
     "convert-official": "convert an official GlimpsePrune checkpoint into a Hub repository",
     "convert-stage1": "make a Hub repository of what train-stage1 wrote",
@@ -17,6 +19,7 @@ COMMANDS = {
     "make-pages": "write pages of the tiny world with questions and evidence boxes",
     "merge": "merge the adapter of stage 2 into its base",
     "push": "upload a finished repository, or go on with an interrupted upload",
+    "serve": "answer over HTTP, by transformers' OpenAI-compatible server",
     "train-base": "train the tiny base model from nothing",
     "train-plus": "stage 2, merge, and stage 1 again, in one go",
     "train-stage1": "train the glimpse token and the visual importance predictor",

@@ -9,12 +9,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
-from modeling_glimpseprune.stock import ENCODES_FIRST, cache_of
+from modeling_glimpseprune.stock import cache_of
 
 from .baselines.method import Method, PreparedBatch
 from .baselines.model_sizes import ModelSizes
-from .loading import prepare
 from .metrics import exact_match
+from .questions import Questions
 from .sample import Sample
 
 Metric = Callable[[str, str], float]
@@ -59,7 +59,7 @@ class Evaluation:
     Attributes:
         answers: one list a method, in the methods' order.
         seconds: of the whole run.
-        seconds_in_model: of that, inside the vision encoder and `generate`.
+        seconds_in_model: of that, inside the vision encoder, `look` and `generate`.
     """
 
     answers: list[list[Answer]] = field(default_factory=list)
@@ -76,52 +76,30 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 16,
     metric: Metric = exact_match,
+    fresh: bool = False,
 ) -> Evaluation:
     """Answer every question greedily by every method.
 
-    Batch by batch, so that methods share what the processor and the vision encoder made of a batch.
+    Batch by batch, so that methods share what the processor and the vision encoder made of a batch,
+    and a look at each different image of it where they can be asked over one.
+
+    Args:
+        fresh: ask by whole prompts always, each with an image of its own.
     """
     evaluation = Evaluation([[] for _ in methods])
     start = time.perf_counter()
     for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
-        prepared, seconds = prepare_batch(model, processor, batch)
-        evaluation.seconds_in_model += seconds
+        questions = Questions(model, processor, batch, by_image=not fresh)
         for method, answers in zip(methods, evaluation.answers, strict=True):
+            prepared = questions.ready(None if fresh else method.look_layer(model.config))
             given, seconds = answer_batch(
                 model, processor, prepared, method, max_new_tokens, metric
             )
             answers += given
             evaluation.seconds_in_model += seconds
+        evaluation.seconds_in_model += questions.seconds
     evaluation.seconds = time.perf_counter() - start
     return evaluation
-
-
-def prepare_batch(
-    model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample]
-) -> tuple[PreparedBatch, float]:
-    """Questions as the model takes them, all with an image or all without.
-
-    Returns:
-        The batch, and the seconds that the vision encoder took.
-    """
-    images = [sample.image for sample in samples]
-    with_images = images[0] is not None
-    questions = [sample.question for sample in samples]
-    inputs = prepare(processor, images if with_images else None, questions).to(model.device)
-    start = time.perf_counter()
-    encoded = encode_images(model, inputs) if with_images and ENCODES_FIRST else inputs
-    seconds = time.perf_counter() - start
-    counts = model.model.visual_counts(**inputs)
-    return PreparedBatch(list(samples), inputs, counts, encoded), seconds
-
-
-def encode_images(model: PreTrainedModel, inputs: dict) -> dict:
-    """Inputs whose pixels are replaced by what the vision encoder makes of them."""
-    pixels, *others = model.model.visual_inputs["image"]
-    taken = {name: inputs[name] for name in (pixels, *others) if name in inputs}
-    features = model.model.encode_visual("image", **taken)
-    left = {name: value for name, value in inputs.items() if name != pixels}
-    return left | {"mm_encoder_outputs": {"image": features}}
 
 
 def answer_batch(
@@ -136,7 +114,8 @@ def answer_batch(
     presented = [method.present(sample, processor) for sample in batch.samples]
     shown, encoding = batch, 0.0
     if any(new is not old for new, old in zip(presented, batch.samples, strict=True)):
-        shown, encoding = prepare_batch(model, processor, presented)
+        questions = Questions(model, processor, presented)
+        shown, encoding = questions.ready(), questions.seconds
     looks = method.looks_into_encoder and not shown.encoder_reading
     inputs = shown.inputs if looks else shown.encoded
     sizes = ModelSizes.of(model.config)
@@ -199,7 +178,10 @@ def retention_by_row(record: GlimpseRecord, visual_counts: list[int]) -> list[fl
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Batches of images of one size, so that no prompt is padded for another's image."""
+    """Batches of images of one size, so that no prompt is padded for another's image.
+
+    Questions about one image follow one another.
+    """
     ordered = by_size(samples)
     for start in range(0, len(ordered), batch_size):
         yield ordered[start : start + batch_size]
@@ -207,4 +189,4 @@ def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]
 
 def by_size(samples: Sequence[Sample]) -> list[Sample]:
     """Questions in the order in which `evaluate` asks them."""
-    return sorted(samples, key=lambda sample: sample.image.size)
+    return sorted(samples, key=lambda sample: (sample.image.size, sample.path))

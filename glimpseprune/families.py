@@ -43,6 +43,7 @@ QWEN2_5_VL_NAMES = {
 LLAVA_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
     r"^language_model\.model\.": "model.language_model.",
+    r"^vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model.",
     r"^vision_tower\.": "model.vision_tower.",
     r"^multi_modal_projector\.": "model.multi_modal_projector.",
     r"^image_newline$": "model.image_newline",
@@ -66,6 +67,8 @@ class Family:
         base_key_map: regular expression -> replacement that turns the names of published bases
             into those of our model's parameters. The first that matches is applied; a name that
             none matches stays.
+        tokenizer_as_filed: whether transformers reads a base's `tokenizer.json` as it stands,
+            whatever class the base names for it.
     """
 
     base_model_type: str
@@ -73,6 +76,7 @@ class Family:
     model_class: type[PreTrainedModel]
     processor_class: type[ProcessorMixin]
     base_key_map: dict[str, str]
+    tokenizer_as_filed: bool = False
 
     def stored_name(self, name: str) -> str:
         """A tensor's name in a repository of ours, which every generation of transformers reads.
@@ -134,6 +138,7 @@ LLAVA = Family(
     model_class=GlimpsePruneLlavaForConditionalGeneration,
     processor_class=GlimpsePruneLlavaProcessor,
     base_key_map=LLAVA_NAMES,
+    tokenizer_as_filed=True,
 )
 LLAVA_NEXT = Family(
     base_model_type="llava_next",
@@ -141,6 +146,7 @@ LLAVA_NEXT = Family(
     model_class=GlimpsePruneLlavaNextForConditionalGeneration,
     processor_class=GlimpsePruneLlavaNextProcessor,
     base_key_map=LLAVA_NAMES,
+    tokenizer_as_filed=True,
 )
 FAMILIES = (QWEN2_5_VL, QWEN3_VL, LLAVA, LLAVA_NEXT)
 

@@ -6,6 +6,7 @@ this package opens goes through here, so sizes and boxes are those of the turned
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +24,36 @@ class PictureSize(NamedTuple):
     on_its_side: bool
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | BytesIO, max_pixels: int | None = None) -> Image.Image:
     """Read an image file as RGB, turned as its EXIF orientation says.
 
+    Args:
+        path: of the file, or its content.
+        max_pixels: larger images are refused before they are read.
+
     Raises:
-        ValueError: naming the file, when there is none or it is not a readable image.
+        ValueError: naming the file, when there is none, it is not a readable image or too large.
     """
     with _opened(path) as image:
-        try:
-            image = ImageOps.exif_transpose(image)
-        except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
-            pass
-        return image.convert("RGB")
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(
+                f"the image {_name(path)} is too large: {image.width} x {image.height} pixels, "
+                f"more than {max_pixels}"
+            )
+        return _upright(image)
+
+
+def image_of(content: bytes, name: str) -> Image.Image:
+    """Read the content of an image file as `open_image` does.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: when it is not a readable image.
+    """
+    with _readable(BytesIO(content), name) as image:
+        return _upright(image)
 
 
 def picture_size(path: str | Path) -> PictureSize:
@@ -54,12 +73,32 @@ def picture_size(path: str | Path) -> PictureSize:
         return PictureSize(width, height, on_its_side)
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no image {path}")
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+    except SyntaxError:  # damaged EXIF, which Pillow passes over in JPEG files
+        pass
+    return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
+    if not isinstance(path, BytesIO) and not Path(path).is_file():
+        raise ValueError(f"there is no image {path}")
+    with _readable(path, _name(path)) as image:
+        yield image
+
+
+@contextmanager
+def _readable(file: str | Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
             yield image
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {name}: it is no image file") from error
+    except OSError as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+
+
+def _name(path: str | Path | BytesIO) -> str:
+    return "given as bytes" if isinstance(path, BytesIO) else str(path)

@@ -1,5 +1,7 @@
 """Loading a GlimpsePrune repository as its users do; by default the tiny one that comes along."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import logging as transformers_logging
 
 from .hub.remote_code import with_code
 from .package_files import TINY_MODEL
@@ -47,9 +50,29 @@ def load_model(
     model = AutoModelForImageTextToText.from_pretrained(
         str(path), trust_remote_code=True, dtype=dtype
     )
+    return model.to(device).eval(), load_processor(path)
+
+
+def load_processor(path: str | Path) -> ProcessorMixin:
+    """The processor of a folder or a Hub repository, which pads prompts on the left.
+
+    Raises:
+        OSError: when there is no such repository.
+    """
     processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=True)
     processor.tokenizer.padding_side = "left"
-    return model.to(device).eval(), processor
+    return processor
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep transformers from warning of what is meant so: new weights, types it does not know."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def chat(question: str, with_image: bool = True) -> list[dict]:
@@ -58,13 +81,43 @@ def chat(question: str, with_image: bool = True) -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
-def prepare(processor: ProcessorMixin, images: list | None, questions: list[str]) -> dict:
-    """Model inputs of one question a row, left-padded; with an image each, or none at all."""
-    with_images = images is not None
-    texts = [
+def prepare(
+    processor: ProcessorMixin, images: list | None, questions: list[str], prefix=None
+) -> dict:
+    """Model inputs of one question a row, left-padded; with an image each, or none at all.
+
+    Args:
+        prefix: what the model's `look` returned of the questions' image, which is not read again.
+    """
+    texts = prompt_texts(processor, questions, images is not None or prefix is not None)
+    over = {} if prefix is None else {"prefix": prefix}
+    return processor(images=images, text=texts, padding=True, return_tensors="pt", **over)
+
+
+def prompt_tokens(
+    processor: ProcessorMixin, texts: list[str], placeholders: list[list[int]]
+) -> dict:
+    """Ids of whole prompts, left-padded, whose images are known and not read again.
+
+    Args:
+        texts: prompts of the chat template, with one placeholder an image.
+        placeholders: of each prompt, how many each of its images takes.
+    """
+    token, laid_out = processor.image_token, []
+    for text, counts in zip(texts, placeholders, strict=True):
+        first, *others = text.split(token)
+        parts = (token * count + part for count, part in zip(counts, others, strict=True))
+        laid_out.append(first + "".join(parts))
+    return processor.tokenizer(laid_out, padding=True, return_tensors="pt")
+
+
+def prompt_texts(
+    processor: ProcessorMixin, questions: list[str], with_images: bool = True
+) -> list[str]:
+    """The chat template's prompts, one image placeholder in each of them or none."""
+    return [
         processor.apply_chat_template(
             chat(question, with_images), add_generation_prompt=True, tokenize=False
         )
         for question in questions
     ]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt")

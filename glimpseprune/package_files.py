@@ -1,4 +1,4 @@
-"""Files that the package brings along: recipes, and the tiny repository.
+"""Files that the package brings along: recipes, and the tiny repositories.
 
 In a clone they lie at its top; a wheel holds them inside the package (see `pyproject.toml`).
 """
@@ -15,6 +15,7 @@ def _lies_at(name: str) -> Path:
 
 RECIPES = _lies_at("recipes")
 TINY_MODEL = _lies_at("hub_configs") / "tiny"
+TINY_EARLY = TINY_MODEL.with_name("tiny_early")  # glimpse weights for the base of `TINY_MODEL`
 SAMPLE_PAGE = TINY_MODEL / "page.png"
 
 

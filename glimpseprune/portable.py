@@ -9,6 +9,8 @@ from pathlib import Path
 
 from modeling_glimpseprune.configuration_glimpseprune import portable_text_config
 
+from .tokenizer_files import TOKENIZERS_BACKEND, name_general_class
+
 SUB_PROCESSORS = {
     "image_processor": "preprocessor_config.json",
     "video_processor": "video_preprocessor_config.json",
@@ -41,8 +43,14 @@ def portable_config(config: dict) -> dict:
     return config | {"text_config": portable_text_config(**config)}
 
 
-def make_processor_portable(folder: Path) -> None:
-    """Split the processors' common file into one a processor, and rename tokenizer fields."""
+def make_processor_portable(folder: Path, tokenizer_as_filed: bool = False) -> None:
+    """Split the processors' common file into one a processor, and rename tokenizer fields.
+
+    Args:
+        folder: with a saved processor.
+        tokenizer_as_filed: have the tokenizer read as `tokenizer.json` says, whatever class is
+            named. That happens too where the class is one of transformers 5 that does so.
+    """
     common = folder / "processor_config.json"
     if common.exists():
         content = read_json(common)
@@ -51,10 +59,15 @@ def make_processor_portable(folder: Path) -> None:
                 write_json(folder / file_name, content.pop(name))
         write_json(common, content)
     if (folder / "tokenizer_config.json").exists():
-        edit_json(folder / "tokenizer_config.json", _portable_tokenizer)
+        edit_json(
+            folder / "tokenizer_config.json",
+            lambda config: _portable_tokenizer(config, tokenizer_as_filed),
+        )
 
 
-def _portable_tokenizer(config: dict) -> dict:
+def _portable_tokenizer(config: dict, as_filed: bool) -> dict:
+    if as_filed or config.get("tokenizer_class") == TOKENIZERS_BACKEND:
+        config = name_general_class(config)
     config = {name: value for name, value in config.items() if name not in MACHINE_FIELDS}
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

@@ -70,11 +70,15 @@ class Predictor:
             padded: values padded to the width of queries, as ours are.
         """
         joint = self.hidden + self.condition
-        linear = self.vision * self.condition + 2 * joint**2 + 2 * self.hidden**2
-        linear += 6 * self.hidden**2
+        linear = 2 * joint**2 + 2 * self.hidden**2 + 6 * self.hidden**2
         value_width = joint if padded else self.hidden
         one_layer = 2 * tokens * linear + 2 * tokens**2 * (joint + value_width)
-        return self.layers * one_layer + 2 * tokens * self.hidden * (self.columns + 1)
+        scores = self.layers * one_layer + 2 * tokens * self.hidden * (self.columns + 1)
+        return self.conditions(tokens) + scores
+
+    def conditions(self, tokens: int) -> int:
+        """Projecting an image's tapped features, which no question has a part in."""
+        return self.layers * 2 * tokens * self.vision * self.condition
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 `glimpse_base` in a repository's configuration describes the base:
 
-    repository: Hub id or folder of the base.
+    repository: Hub id or folder of the base; a path that starts with a dot is seen from the folder
+        of the repository that names it.
     revision: its commit, branch or tag; None is the newest.
     key_mapping: regular expression -> replacement, which turns names of the base's tensors into
         names of the model's. A published repository holds the base's files untouched.
@@ -67,7 +68,9 @@ def located_weights(
             if file is not None:
                 Path(folder, name).write_bytes(Path(file).read_bytes())
         glimpse = os.path.abspath(cached_file(repository, GLIMPSE_SHARD, **own_arguments))
-        weight_map = _base_weight_map(base, hub_arguments) | dict.fromkeys(_names(glimpse), glimpse)
+        base = base | {"repository": _seen_from(repository, base.get("repository"))}
+        weight_map = _without_glimpse(_base_weight_map(base, hub_arguments), folder)
+        weight_map |= dict.fromkeys(_names(glimpse), glimpse)
         index = {"metadata": {}, "weight_map": weight_map}
         Path(folder, INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
         rest = {name: value for name, value in arguments.items() if name not in PLACE_ARGUMENTS}
@@ -98,6 +101,12 @@ def _read_base(repository: str | os.PathLike | None, arguments: dict) -> dict:
     return content.get("glimpse_base") or {}
 
 
+def _seen_from(repository: str | os.PathLike, base: str | None) -> str | None:
+    if base and base.startswith("."):
+        return os.path.join(repository, base)
+    return base
+
+
 def _base_weight_map(base: dict, hub_arguments: dict) -> dict[str, str]:
     """Absolute path of the file that holds each of the base's tensors."""
     repository, revision = base.get("repository"), base.get("revision")
@@ -123,8 +132,47 @@ def _base_weight_map(base: dict, hub_arguments: dict) -> dict[str, str]:
     return {name: os.path.abspath(paths[file]) for name, file in weight_map.items()}
 
 
+def _without_glimpse(weight_map: dict[str, str], folder: str) -> dict[str, str]:
+    """The map without glimpse weights, which a base that was trained itself brings along.
+
+    All that a file holds is loaded, whatever is taken from it: files with other weights beside
+    theirs are copied into the folder without them.
+    """
+    kept = {name: file for name, file in weight_map.items() if not name.startswith(GLIMPSE_PREFIX)}
+    places = {}
+    for number, file in enumerate(sorted(set(kept.values()))):
+        mixed = any(name.startswith(GLIMPSE_PREFIX) for name in _names(file))
+        places[file] = os.path.join(folder, f"base-{number}.safetensors") if mixed else file
+        if mixed:
+            _copy_without_glimpse(file, places[file])
+    return {name: places[file] for name, file in kept.items()}
+
+
+def _copy_without_glimpse(file: str, copy: str) -> None:
+    header, start = _read_header(file)
+    entries, places, end = {"__metadata__": header.get("__metadata__", {})}, [], 0
+    for name in _names(file):
+        if not name.startswith(GLIMPSE_PREFIX):
+            first, last = header[name]["data_offsets"]
+            entries[name] = header[name] | {"data_offsets": [end, end + last - first]}
+            places.append((start + first, last - first))
+            end += last - first
+    content = json.dumps(entries).encode()
+    content += b" " * (-len(content) % 8)  # tensors begin aligned
+    with open(file, "rb") as source, open(copy, "wb") as target:
+        target.write(len(content).to_bytes(8, "little") + content)
+        for first, size in places:
+            source.seek(first)
+            target.write(source.read(size))
+
+
 def _names(shard: str) -> list[str]:
-    """The tensors that a safetensors file holds, from its header."""
+    """The tensors that a safetensors file holds."""
+    return [name for name in _read_header(shard)[0] if name != "__metadata__"]
+
+
+def _read_header(shard: str) -> tuple[dict, int]:
+    """What a safetensors file says of its tensors, and where their data begin."""
     with open(shard, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return [name for name in header if name != "__metadata__"]
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size

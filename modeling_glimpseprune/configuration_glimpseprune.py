@@ -63,6 +63,8 @@ class GlimpsePruneConfigMixin:
         predictor_hidden_act: activation of the predictor's gated MLP.
         predictor_windowed: whether the predictor attends within the vision encoder's windows
             instead of the whole image.
+        redundant_patches: leave out, in front of the vision encoder, visual tokens whose neighbours
+            predict them within so many grey levels (0: exactly); None for none.
         anchor_corners: corners of each image whose token is always kept, of `"top_left"`,
             `"top_right"`, `"bottom_left"`, `"bottom_right"`.
         prune_threshold: tokens whose importance, as a probability, exceeds it are kept.
@@ -77,6 +79,8 @@ class GlimpsePruneConfigMixin:
         default_vision_layers: those that are tapped by default.
         has_vision_windows: whether the vision encoder attends within windows.
         window_choice: what `predictor_windowed` may be, in words.
+        encodes_parts: whether the vision encoder takes parts of an image.
+        redundancy_choice: what `redundant_patches` may be, in words.
 
     Raises:
         ValueError: naming the field and the value that cannot be.
@@ -85,6 +89,8 @@ class GlimpsePruneConfigMixin:
     glimpse_base: dict | None = None  # where a published repository's base is: base_weights.py
     has_vision_windows = False
     window_choice = ""
+    encodes_parts = False
+    redundancy_choice = "None: this family's vision encoder takes whole images only"
 
     @property
     def last_vision_layer(self) -> int:
@@ -173,6 +179,8 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneQwenConfigMixin, Qwen2_5_VLConfig
     model_type = "glimpseprune_qwen2_5_vl"
     has_vision_windows = True
     window_choice = "True or False"
+    encodes_parts = True
+    redundancy_choice = "None, False, or grey levels in 0..255"
 
     def __init__(self, **kwargs):
         glimpse_fields = take_glimpse_fields(kwargs)

@@ -157,6 +157,20 @@ class GivenVisualsMixin:
         visual = self.visual_token_ids.to(input_ids.device)
         return torch.isin(input_ids, visual).sum(1).tolist()
 
+    def placeholders(
+        self, input_ids: torch.LongTensor | None, masks: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
+        """`(batch, length)` bool, True at placeholders of any kind; None where nobody can tell.
+
+        Args:
+            masks: by kind, where visuals were encoded, for prompts without ids.
+        """
+        found = list((masks or {}).values())
+        if input_ids is not None:
+            kinds = self.visual_inputs
+            found = [input_ids == getattr(self.config, f"{kind}_token_id") for kind in kinds]
+        return torch.stack(found).any(0) if found else None
+
     @property
     def visual_token_ids(self) -> torch.Tensor:
         """Ids of the placeholders."""

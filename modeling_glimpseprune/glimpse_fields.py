@@ -136,6 +136,16 @@ FIELDS = {
         lambda value, config: isinstance(value, bool) and value <= config.has_vision_windows,
         built_in=False,
     ),
+    "redundant_patches": GlimpseField(
+        None,
+        "be {config.redundancy_choice}",
+        lambda value, config: (
+            value is None
+            or value is False
+            or (config.encodes_parts and is_number(value) and 0 <= value <= 255)
+        ),
+        built_in=False,
+    ),
     "anchor_corners": GlimpseField(
         (),
         f"be a list of some of {CORNERS}",

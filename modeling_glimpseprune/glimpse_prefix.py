@@ -17,9 +17,9 @@ from .pruned_cache import MARKS, ROW_MARKS, PrunedLayer
 from .shared_layer import SharedLayer, shared_cache
 from .visual_tokens import VisualTokens
 
-HELD_TENSORS = ("states", "position_ids", "rows")
+HELD_TENSORS = ("states", "position_ids", "rows", "order")
 ADDED = "additions."  # and a layer
-TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index")
+TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index", "encoded")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class GlimpsePrefix(DynamicCache):
     @property
     def settled_length(self) -> int:
         """Tokens in front of those held, of earlier turns whose visual tokens were chosen."""
-        return self.get_seq_length() - self.held.length
+        return self.get_seq_length() - self.held.logical_length
 
     @property
     def prune_layer(self) -> int:
@@ -170,6 +170,7 @@ class GlimpsePrefix(DynamicCache):
         notes = {name: getattr(first, name) for name in MARKS} | {
             "layers": len(self.layers),
             "prune_layer": held.prune_layer,
+            "left_out": held.dropped,
             "features": len(tokens.features),
             "kinds": tokens.kinds,
             "sizes": tokens.sizes,
@@ -198,14 +199,22 @@ class GlimpsePrefix(DynamicCache):
             sizes=notes["sizes"],
             **{name: tensors.get(f"tokens.{name}") for name in TOKEN_TENSORS},
         )
-        states, positions = tensors["states"], tensors["position_ids"]
         additions = {
             int(name.removeprefix(ADDED)): each
             for name, each in tensors.items()
             if name.startswith(ADDED)
         }
-        items, layer = item_rows.tolist(), notes["prune_layer"]
-        held = HeldPrompt(states, positions, rows, tokens, items, layer, additions)
+        held = HeldPrompt(
+            tensors["states"],
+            tensors["position_ids"],
+            rows,
+            tokens,
+            item_rows.tolist(),
+            notes["prune_layer"],
+            tensors.get("order"),
+            notes["left_out"],
+            additions,
+        )
         pixels = [{int(column): each for column, each in of_row} for of_row in notes["pixels"]]
         ids, mask = (tensors[name].cpu() for name in ("input_ids", "mask"))
         return cls(layers, held, PrefixOrigin(ids, mask, pixels, notes["made_by"]))

@@ -35,6 +35,7 @@ class VisualRecord(KeptCounts):
         keep_mask: `(n,)` bool, True where kept.
         grid: its visual tokens as `(frames, height, width)`. A side of 0, and no tokens, has the
             high-resolution view of a LLaVA-NeXT image that is very much longer than wide.
+        encoded: `(n,)` bool, False at tokens left out in front of the encoder; None where none was.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class VisualRecord(KeptCounts):
     importance: torch.Tensor | None
     keep_mask: torch.Tensor
     grid: tuple[int, int, int]
+    encoded: torch.Tensor | None = None
 
 
 @dataclass
@@ -63,6 +65,8 @@ class GlimpseRecord(KeptCounts):
         grids: `(items, 3)` frames, height and width of each, in tokens.
         glimpse_layer: K, where the glimpse's attention was read.
         prune_layer: P, after whose attention the tokens are dropped.
+        encoded: `(N,)` bool, False at tokens that were left out in front of the vision encoder,
+            whose importance is -inf; None where none was.
     """
 
     importance: torch.Tensor | None
@@ -75,6 +79,7 @@ class GlimpseRecord(KeptCounts):
     grids: torch.Tensor
     glimpse_layer: int
     prune_layer: int
+    encoded: torch.Tensor | None = None
 
     def nan_counts(self, num_rows: int) -> torch.Tensor:
         """`(num_rows,)` scores of each row that are no numbers. Does not wait for the device."""
@@ -86,9 +91,11 @@ class GlimpseRecord(KeptCounts):
     @property
     def visuals(self) -> list[VisualRecord]:
         """The images and videos, one record each, in prompt order."""
-        importance = [None] * len(self.sizes)
+        importance = encoded = [None] * len(self.sizes)
         if self.importance is not None:
             importance = self.importance.split(self.sizes)
+        if self.encoded is not None:
+            encoded = self.encoded.split(self.sizes)
         keep_masks = self.keep_mask.split(self.sizes)
         rows, grids = self.item_rows.tolist(), self.grids.tolist()
         return [
@@ -98,6 +105,7 @@ class GlimpseRecord(KeptCounts):
                 importance=importance[i],
                 keep_mask=keep_masks[i],
                 grid=tuple(grids[i]),
+                encoded=encoded[i],
             )
             for i, kind in enumerate(self.kinds)
         ]

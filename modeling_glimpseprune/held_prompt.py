@@ -21,6 +21,9 @@ class HeldPrompt:
         tokens: the held rows' visual tokens, with the predictor's conditions as their features.
         item_rows: row of each item of `tokens`, on the host.
         prune_layer: P, the last layer that ran.
+        order: `(held rows, length)` place of each among the tokens as the caller sees them, or None
+            where none was left out in front of the encoder.
+        dropped: how many were left out.
         additions: by decoder layer above P what is added to `states` before it runs, as they are.
     """
 
@@ -30,11 +33,18 @@ class HeldPrompt:
     tokens: VisualTokens
     item_rows: list[int]
     prune_layer: int
+    order: torch.Tensor | None = None
+    dropped: int = 0
     additions: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         return self.states.shape[1]
+
+    @property
+    def logical_length(self) -> int:
+        """Tokens as the caller sees them."""
+        return self.length + self.dropped
 
     def select_rows(self, rows: torch.Tensor) -> "HeldPrompt":
         """Begin the rows of another batch with these; `rows` `(batch,)` are rows of this one."""
@@ -86,6 +96,23 @@ class HeldPrompt:
         held = self.position_ids.index_select(-2, self.rows.to(self.position_ids.device))
         return torch.cat([held.to(own.device), own], dim=-1)
 
+    def with_order(self, own: torch.Tensor | None, batch: int, end: int) -> torch.Tensor | None:
+        """Places `(batch, length + own tokens)` as `order` has them, or None where all are there.
+
+        Args:
+            own: those of the own tokens, or None.
+            end: tokens of the whole prompts, those that were left out not counted.
+        """
+        if own is None and self.order is None:
+            return None
+        device = self.position_ids.device
+        if own is None:
+            own = torch.arange(end - self.length, device=device).expand(batch, -1)
+        held = torch.arange(self.length, device=device).expand(batch, -1)
+        if self.order is not None:
+            held = self.order.index_select(0, self.rows.to(device))
+        return torch.cat([held.to(own.device), self.logical_length + own], dim=1)
+
     def with_states(self, own: torch.Tensor) -> torch.Tensor:
         """`(batch, length + own tokens, hidden)`, from `(batch, own tokens, hidden)`."""
         return self._in_front(self.states, own)
@@ -111,7 +138,7 @@ class HeldPrompt:
         held = self.tokens.select_rows(self.rows.tolist(), self.item_rows)
         if own is None:
             return held
-        own = replace(own, columns=own.columns + self.length)
+        own = replace(own, columns=own.columns + self.logical_length)
         return held.followed_by(own, sort=len(self.rows) > 1)
 
 

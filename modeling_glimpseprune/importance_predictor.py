@@ -181,16 +181,19 @@ class WindowedTokenGroup(TokenGroup):
 
     Args:
         start: index of the image's first token.
-        height, width: the image in tokens.
-        window: side of a window in tokens; windows at the right and bottom edge may be smaller.
+        places: `(size, 2)` row and column of each token, on the host.
+        window: side of a window in tokens. Windows may be smaller, at the right and bottom edge and
+            where tokens are missing.
     """
 
-    def __init__(self, start: int, height: int, width: int, window: int):
-        super().__init__(start, height * width, 1)
-        token = torch.arange(height * width).view(1, height, width)
-        padding = (0, -width % window, 0, -height % window)
-        windows = F.pad(token, padding, value=-1).unfold(1, window, window)
-        self.windows = windows.unfold(2, window, window).reshape(-1, window * window)
+    def __init__(self, start: int, places: torch.Tensor, window: int):
+        super().__init__(start, len(places), 1)
+        row, column = places.unbind(1)
+        across = int(column.max()) // window + 1
+        _, of_token = ((row // window) * across + column // window).unique(return_inverse=True)
+        within = (row % window) * window + column % window
+        self.windows = torch.full((int(of_token.max()) + 1, window * window), -1)
+        self.windows[of_token, within] = torch.arange(len(places))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         windows = self.windows.to(query.device)  # (windows, window ** 2), -1 where outside

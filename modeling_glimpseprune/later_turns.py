@@ -1,6 +1,7 @@
 """A later turn over a kept cache: which visuals are new, and where its tokens stand."""
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from .pruned_cache import PrunedLayer, pruned_layer
@@ -40,6 +41,45 @@ def new_visuals(
         )
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     return is_new[starts.to(is_new.device)].tolist()
+
+
+def note_placeholders(cache: Cache | None, placeholders: torch.Tensor | None) -> None:
+    """Put on a cache where its prompt's placeholders stand.
+
+    Args:
+        cache: that was empty before the prompt.
+        placeholders: `(batch, length)` bool, or None where nobody can tell.
+    """
+    if cache is not None:
+        cache.placeholders = placeholders
+
+
+def check_placeholders(cache: Cache, placeholders: torch.Tensor) -> None:
+    """Refuse ids of another prompt than the one that a cache holds; note those that fit.
+
+    What a cache's rows hold is compared with any row: they may have been repeated, reordered or
+    selected since.
+
+    Args:
+        cache: that holds tokens.
+        placeholders: `(batch, length)` bool, of the ids of a whole conversation.
+
+    Raises:
+        ValueError: when placeholders stand at other columns than those of the cache's prompt.
+    """
+    held = getattr(cache, "placeholders", None)
+    if held is None:
+        return
+    length = min(past_length(cache), held.shape[1])
+    found = pad(placeholders[:, :length], (0, max(0, length - placeholders.shape[1])))
+    same = (found[:, None] == held[:, :length].to(found.device)).all(-1).any(-1)
+    if not bool(same.all()):
+        raise ValueError(
+            "the cache holds another prompt: images or videos of the ids given stand at other "
+            f"columns than those of its prompt, in row(s) {(~same).nonzero()[:, 0].tolist()}; give "
+            "the ids of the conversation that it holds, or start without the cache"
+        )
+    cache.placeholders = placeholders
 
 
 def later_positions(

@@ -114,7 +114,12 @@ class LookingMixin:
             raise ValueError("a prefix is held against input_ids: give whole prompts as ids")
         inputs = inputs | prefix.prompts(ids, inputs.get("attention_mask"))
         ids = inputs["input_ids"]
-        self.model.drop_cached_visuals(ids, past_length(prefix), inputs)  # checks the numbers
+        brought = self.model.drop_cached_visuals(ids, past_length(prefix), inputs)
+        if self.model.asks_for_part(inputs) and not self.model.place_visuals(ids, brought):
+            raise ValueError(
+                "redundant_patches and visual_encode_mask are for visuals behind the prefix, and "
+                "there are none: give them to look"
+            )
         pixels = prefix.begun(len(ids)).pixels
         for visual in self.model.place_visuals(ids, inputs):
             if (expected := pixels[visual.row].get(visual.first)) not in (None, visual.hash):

@@ -21,6 +21,8 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .encode_choice import EncodeChoice  # noqa: F401
+from .encoder_subset import EncoderSubset  # noqa: F401
 from .fingerprints import pixels_hash  # noqa: F401
 from .given_visuals import GivenVisual  # noqa: F401
 from .glimpse import Glimpse
@@ -33,6 +35,7 @@ from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import past_length  # noqa: F401
 from .layer_additions import LayerAdditions  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
+from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import ATTENTION_MAPS  # noqa: F401
@@ -45,6 +48,7 @@ from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
 from .pruning_generation import PruningGenerationMixin
+from .redundant_patches import GREY_LEVELS  # noqa: F401
 from .row_boundaries import AlignedRows  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401

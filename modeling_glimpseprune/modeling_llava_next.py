@@ -16,6 +16,8 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .encode_choice import ENCODE_ARGUMENTS  # noqa: F401
+from .encoder_subset import SubsetVisionEncoder  # noqa: F401
 from .fingerprints import SAMPLES  # noqa: F401
 from .given_visuals import GivenVisualsMixin  # noqa: F401
 from .glimpse import Glimpse  # noqa: F401
@@ -28,6 +30,7 @@ from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import new_visuals  # noqa: F401
 from .layer_additions import LayerAdditions  # noqa: F401
 from .layer_outputs import LayerOutputs  # noqa: F401
+from .left_out import ENDS_UNSEEN  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import LowRankAddition  # noqa: F401
@@ -41,6 +44,7 @@ from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
 from .pruning_generation import ENCODED  # noqa: F401
+from .redundant_patches import CHANNELS  # noqa: F401
 from .row_boundaries import first_labelled  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401

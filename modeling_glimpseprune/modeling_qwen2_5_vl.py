@@ -13,15 +13,14 @@ from transformers import (
     Qwen2_5_VLModel,
     Qwen2_5_VLTextModel,
 )
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
 
 from .assisted_decoding import HELD  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .encode_choice import EncodeChoice  # noqa: F401
+from .encoder_subset import EncoderSubset, SubsetVisionEncoder
 from .fingerprints import fingerprint  # noqa: F401
 from .given_visuals import GivenVisualsMixin  # noqa: F401
 from .glimpse import Glimpse
@@ -34,11 +33,13 @@ from .importance_predictor import VisualImportancePredictor  # noqa: F401
 from .later_turns import first_positions, follows_turn, note_turn, past_length
 from .layer_additions import LayerAdditions  # noqa: F401
 from .layer_outputs import spread  # noqa: F401
+from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import low_rank_additions  # noqa: F401
 from .prefill import UNTRAINED  # noqa: F401
 from .prefix_file import read_parts  # noqa: F401
+from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import pruned_layer
@@ -46,14 +47,15 @@ from .pruned_forward import PrunedForwardMixin
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
 from .pruning_generation import PruningGenerationMixin
+from .redundant_patches import telling_tokens  # noqa: F401
 from .row_boundaries import IGNORED_LABEL  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .shared_layer import SharedLayer  # noqa: F401
-from .stock import cache_of, token_types
+from .stock import AS_OUTPUT, cache_of, encoder_fields, token_types
 from .token_block import TokenBlock  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
-from .visual_features import VisualFeatures, token_geometry, whole_images
+from .visual_features import VisualFeatures, tap_outputs, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401
 
 
@@ -186,7 +188,7 @@ class GlimpsePruneQwen2_5_VLModel(QwenBackboneMixin, Qwen2_5_VLModel):
     """The stock backbone; its vision encoder attends within windows."""
 
     config_class = GlimpsePruneQwen2_5_VLConfig
-    vision_class = Qwen2_5_VisionTransformerPretrainedModel
+    vision_class = SubsetVisionEncoder
     text_model_class = GlimpsePruneQwen2_5_VLTextModel
     visual_notes = {"video": ("second_per_grid_ts",)}
     takes_ids_beside_embeddings = True
@@ -209,6 +211,32 @@ class GlimpsePruneQwen2_5_VLModel(QwenBackboneMixin, Qwen2_5_VLModel):
     ) -> list[torch.Tensor]:
         order = window_order(geometry, sizes, self.predictor_window)
         return [torch.empty_like(tap).index_copy(0, order, tap) for tap in taps]
+
+    def encode_part(self, kind, choose, **inputs) -> VisualFeatures:
+        """As `PruningModelMixin.encode_part`; the stock encoder runs over the part alone."""
+        pixels_name, grid_name = self.visual_inputs[kind]
+        pixels, merge = inputs[pixels_name], self.visual.spatial_merge_size
+        grids = inputs[grid_name]
+        grids = grids // grids.new_tensor([1, merge, merge])
+        sizes = grids.prod(-1).tolist()
+        geometry = token_geometry(grids, sizes).to(pixels.device)
+        keep = choose(pixels, geometry)
+        if bool(keep.all()):
+            return self.encode_visual(kind, **inputs)
+        images = image_numbers(sizes, geometry.device)
+        check_every_frame(keep, geometry, images)
+        windows = window_numbers(geometry, images, self.predictor_window)
+        subset = EncoderSubset.of_tokens(keep, geometry, images, windows, merge)
+        with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
+            part = inputs | subset.arguments(kind) | {pixels_name: pixels[subset.patches]}
+            outputs = self.run_encoder(kind, **part, **AS_OUTPUT)
+        kept = keep.nonzero()[:, 0]
+        fields = encoder_fields(outputs, self.adds_between_layers)
+        embeddings = torch.cat(list(fields["pooler_output"]))
+        whole = embeddings.new_zeros(len(keep), embeddings.shape[1]).index_copy(0, kept, embeddings)
+        places = kept[subset.window_index]
+        layers = [tap.new_zeros(len(keep), tap.shape[1]).index_copy(0, places, tap) for tap in taps]
+        return whole_images(whole.split(sizes), layers, geometry, grids, encoded=keep)
 
 
 class QwenGenerationMixin(PruningGenerationMixin):
@@ -237,6 +265,27 @@ class GlimpsePruneQwen2_5_VLForConditionalGeneration(
     )
 
 
+def image_numbers(sizes: list[int], device: torch.device) -> torch.Tensor:
+    """`(N,)` number of each token's image."""
+    repeats = torch.tensor(sizes, device=device)
+    images = torch.arange(len(sizes), device=device)
+    return images.repeat_interleave(repeats, output_size=sum(sizes))
+
+
+def window_numbers(geometry: torch.Tensor, images: torch.Tensor, window: int) -> torch.Tensor:
+    """A number for each token's attention window, ascending in the order of the vision encoder.
+
+    Args:
+        geometry: `(N, 6)`, see `token_geometry`.
+        images: `(N,)` number of each token's image.
+        window: side of a window in tokens.
+    """
+    frame, row, column, _, height, width = geometry.unbind(1)
+    down, across = (height + window - 1) // window, (width + window - 1) // window
+    within_image = (frame * down + row // window) * across + column // window
+    return images * (len(geometry) + 1) + within_image
+
+
 def window_order(geometry: torch.Tensor, sizes: list[int], window: int) -> torch.Tensor:
     """The order in which the vision encoder keeps tokens: window after window of each frame.
 
@@ -248,10 +297,21 @@ def window_order(geometry: torch.Tensor, sizes: list[int], window: int) -> torch
     Returns:
         `(N,)` raster index of the token at each place of the encoder's sequence.
     """
-    frame, row, column, _, height, width = geometry.unbind(1)
-    down, across = (height + window - 1) // window, (width + window - 1) // window
-    within_image = (frame * down + row // window) * across + column // window
-    repeats = torch.tensor(sizes, device=geometry.device)
-    image = torch.arange(len(sizes), device=geometry.device)
-    image = image.repeat_interleave(repeats, output_size=len(geometry))
-    return (image * (len(geometry) + 1) + within_image).argsort(stable=True)
+    images = image_numbers(sizes, geometry.device)
+    return window_numbers(geometry, images, window).argsort(stable=True)
+
+
+def check_every_frame(keep: torch.Tensor, geometry: torch.Tensor, images: torch.Tensor) -> None:
+    """Refuse to leave an image, or a frame of a video, without a token.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    frames, of_token = torch.stack([images, geometry[:, 0]], 1).unique(dim=0, return_inverse=True)
+    counts = keep.new_zeros(len(frames), dtype=torch.long).index_add_(0, of_token, keep.long())
+    if not bool(counts.all()):
+        image, frame = frames[counts == 0][0].tolist()
+        raise ValueError(
+            f"visual_encode_mask leaves frame {frame} of visual {image} without a token: let one "
+            "stay at least"
+        )

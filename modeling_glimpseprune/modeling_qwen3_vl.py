@@ -11,6 +11,8 @@ from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen3VLConfig
 from .decoder_layers import MLP_CHUNK  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
+from .encode_choice import EncodeChoice  # noqa: F401
+from .encoder_subset import EncoderSubset  # noqa: F401
 from .fingerprints import SAMPLES  # noqa: F401
 from .given_visuals import GivenVisual  # noqa: F401
 from .glimpse import GlimpseToken  # noqa: F401
@@ -23,12 +25,14 @@ from .importance_predictor import TokenGroup  # noqa: F401
 from .later_turns import new_visuals  # noqa: F401
 from .layer_additions import LayerAdditions
 from .layer_outputs import spread  # noqa: F401
+from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import STALE_MAPS  # noqa: F401
 from .modeling_qwen2_5_vl import QwenBackboneMixin, QwenGenerationMixin, QwenTextMixin
 from .prefill import UNTRAINED  # noqa: F401
 from .prefix_file import write_parts  # noqa: F401
+from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401
@@ -36,6 +40,7 @@ from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin  # noqa: F401
 from .pruning_generation import ENCODED  # noqa: F401
+from .redundant_patches import telling_tokens  # noqa: F401
 from .row_boundaries import AlignedRows  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401

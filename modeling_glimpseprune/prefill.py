@@ -12,6 +12,7 @@ from .runners import Runners
 from .selection import corner_tokens, select_visual_tokens
 from .stock import plain_rotary
 from .token_block import TokenBlock
+from .visual_tokens import VisualTokens
 
 UNTRAINED = (
     "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens to "
@@ -51,7 +52,7 @@ class Prefill:
         if self.request.hold:
             return self.hold()
         if self.request.held is not None:
-            self.block.join(self.request.held)
+            self.join()
         if self.request.looks_ahead:
             self.look_ahead()
         keep = self.choose()
@@ -83,12 +84,15 @@ class Prefill:
     def hold(self) -> torch.Tensor:
         """Put the tokens on the cache, to wait there for what comes behind them."""
         request, block, cache = self.request, self.block, self.decoder_run.cache
-        states, own, additions = block.hidden_states, block.length, block.additions
+        states, own = block.hidden_states, block.hidden_states.shape[1]
+        additions = block.additions
         if request.held is not None:
             additions = request.held.with_additions(states, additions)
             states = request.held.with_states(states)
-            block.join(request.held)
-        block.order = torch.arange(block.length, device=states.device).expand(len(states), -1)
+            self.join()
+        order, tokens = block.order, request.tokens.whole or request.tokens
+        if order is None:
+            block.order = torch.arange(block.length, device=states.device).expand(len(states), -1)
         last_visual = int(request.tokens.columns.max())
         block.fixed_slots = block.past_slots + 1 + last_visual
         self._finish()
@@ -96,12 +100,20 @@ class Prefill:
             states,
             block.position_ids,
             torch.arange(len(states)),
-            request.tokens,
-            request.tokens.item_rows.tolist(),
+            tokens,
+            tokens.item_rows.tolist(),
             request.prune_layer,
+            order,
+            block.length - states.shape[1],
             additions,
         )
         return states[:, -own:]
+
+    def join(self) -> None:
+        """Let what a prefix holds and what came behind it be one prompt."""
+        self.block.join(self.request.held)
+        for layer in self.decoder_run.cache.layers:
+            layer.dropped = self.block.past_dropped
 
     def look_ahead(self) -> None:
         """Let text and glimpse run on to layer K over the visual tokens as they stand."""
@@ -116,7 +128,8 @@ class Prefill:
 
     def choose(self) -> torch.Tensor:
         """Put the record on the cache; return `(N,)` bool, True at kept visual tokens."""
-        request, tokens, importance = self.request, self.request.tokens, None
+        request, importance = self.request, None
+        tokens = request.tokens.whole or request.tokens  # as the caller knows them
         if request.visual_keep_mask is not None:
             keep = request.visual_keep_mask.to(tokens.rows.device)
         elif request.visual_log_keep is not None:
@@ -126,7 +139,12 @@ class Prefill:
                 [self.attention[index] for index in request.glimpse.attention_layers], dim=-1
             )
             importance = self._score(attention)
-            keep = self._select(importance.detach())
+            if request.tokens.places is not None:
+                of_all = importance.new_full((tokens.total,), float("-inf"))
+                importance = of_all.index_put((request.tokens.places,), importance)
+            keep = self._select(importance.detach(), tokens)
+        if tokens.encoded is not None:
+            keep = keep & tokens.encoded
         self.decoder_run.cache.glimpse = GlimpseRecord(
             importance,
             keep,
@@ -138,8 +156,9 @@ class Prefill:
             tokens.grids,
             request.glimpse_layer,
             request.prune_layer,
+            tokens.encoded,
         )
-        return keep
+        return keep if request.tokens.places is None else keep[request.tokens.places]
 
     def compact(self, keep: torch.Tensor) -> None:
         """Pack kept tokens to the right in hidden states, positions, mask and layers 0..P.
@@ -166,7 +185,7 @@ class Prefill:
         """Run what is left: layer P's MLP and the layers above it."""
         request, block, run = self.request, self.block, self.decoder_run
         if request.visual_log_keep is not None:
-            block.soften(request.visual_log_keep, request.tokens)
+            block.soften(request.visual_log_keep, request.tokens.whole or request.tokens)
         if request.prune_layer >= 0:
             block.hidden_states = run_mlp(run.layers[request.prune_layer], block.hidden_states)
         before = self._add_glimpse_vectors if request.in_place else None
@@ -237,8 +256,8 @@ class Prefill:
         if vectors is not None:
             block.hidden_states[:, block.glimpse_slice] += vectors.to(block.hidden_states)
 
-    def _select(self, importance: torch.Tensor) -> torch.Tensor:
-        request, tokens = self.request, self.request.tokens
+    def _select(self, importance: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
+        request = self.request
         keep = select_visual_tokens(
             importance,
             tokens.rows,
@@ -249,7 +268,12 @@ class Prefill:
         )
         keep |= corner_tokens(tokens.geometry, request.anchor_corners)
         # The answer's first logits are read at the last prompt token, so it stays.
-        return keep | (tokens.columns == self.block.prompt_length - 1)
+        return keep | (tokens.columns == self._last_column)
+
+    @property
+    def _last_column(self) -> int:
+        """Where the caller sees the last token of the prompt."""
+        return (self.block.prompt_length if self.block.order is None else self.block.length) - 1
 
     def _kept_counts(self, kept: torch.Tensor) -> tuple[list[int], bool, int]:
         """Kept tokens of each row, whether there is no padding, the last visual token's column.
@@ -291,7 +315,7 @@ class Prefill:
         delta = block.next_position - (slots + block.past_dropped + dropped)
         new_columns = block.past_slots + block.past_dropped + block.order
         for layer in layers:
-            layer.dropped += dropped
+            layer.dropped = block.past_dropped + dropped
             layer.prompt_slots = slots
             layer.fixed_slots = block.fixed_slots
             layer.prompt_mask = block.mask

@@ -17,6 +17,9 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image, make_flat_list_of_images
 from transformers.processing_utils import TextKwargs
 
+from .prefix_processing import PrefixProcessingMixin
+from .prompt_layout import padded_left  # noqa: F401  (transformers 4, see the models)
+
 SANITIZES = "sanitize_control_tokens" in TextKwargs.__annotations__  # some releases do not
 
 
@@ -33,11 +36,13 @@ class ImageLayout:
     grids: list[tuple[int, int]]
 
 
-class CheckedProcessorMixin:
+class CheckedProcessorMixin(PrefixProcessingMixin):
     """In front of a stock processor: images are checked before anything is computed."""
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, prefix=None, **kwargs) -> BatchFeature:
         """Prepare prompts and images for the model, as the stock processor does.
+
+        With a `prefix` that the model looked at, its images are not read again: see `over_prefix`.
 
         Images that are named (a URL, a path, a base64 string) are read once, and turned as their
         EXIF orientation says.
@@ -45,16 +50,22 @@ class CheckedProcessorMixin:
         Raises:
             ValueError: when an image has no pixels, or images and placeholders differ in number.
         """
+        if prefix is not None:
+            if videos is not None:
+                raise ValueError("a prefix takes images behind it, no videos: give whole inputs")
+            return self.over_prefix(prefix, text, images, **kwargs)
         if images is not None:
             images = read_images(images)
-            flat_images = make_flat_list_of_images(images)
-            for index, image in enumerate(flat_images):
-                check_has_pixels(image, index)
+            flat_images = checked_images(images)
             # Where asked to, a stock processor tells placeholders from those that users wrote.
             sanitized = SANITIZES and kwargs.get("sanitize_control_tokens")
             if text is not None and not sanitized:
                 check_placeholders(text, self.image_token, len(flat_images))
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    def processed_images(self, images: object) -> BatchFeature:
+        """The image processor's output of images, as `__call__` takes them."""
+        return self.image_processor(checked_images(read_images(images)), return_tensors="pt")
 
     def image_layouts(self, images: BatchFeature) -> list[ImageLayout]:
         """The layout of each image in the image processor's output."""
@@ -137,6 +148,18 @@ def read_images(images: object) -> object:
     if isinstance(images, (list, tuple)):
         return [read_images(image) for image in images]
     return load_image(images) if isinstance(images, str) else images
+
+
+def checked_images(images: object) -> list:
+    """One list of the images in nested ones.
+
+    Raises:
+        ValueError: for an image without pixels.
+    """
+    flat_images = make_flat_list_of_images(images)
+    for index, image in enumerate(flat_images):
+        check_has_pixels(image, index)
+    return flat_images
 
 
 def check_has_pixels(image: object, index: int) -> None:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .decoder_run import DecoderRun
 from .layer_additions import LayerAdditions
 from .layer_outputs import LayerOutputs, spread
+from .left_out import leave_out
 from .prefill import Prefill
 from .prune_request import PruneRequest
 from .pruned_cache import PrunedLayer, adopt_layers, pruned_layer, slot_columns, slot_mask
@@ -58,6 +59,20 @@ class _Call:
         positions = self.position_ids[..., : self.prompt_length]
         last = positions.reshape(-1, len(self.inputs_embeds), self.prompt_length)[..., -1]
         return last.amax(dim=0) + 1
+
+    def hiding(self, tokens: VisualTokens, past: int) -> "_Call":
+        """The same call, in which nothing sees the visual tokens that were not encoded.
+
+        Args:
+            past: tokens that the cache holds.
+        """
+        batch, unseen = len(self.inputs_embeds), ~tokens.encoded
+        mask = self.attention_mask
+        if mask is None:
+            mask = tokens.rows.new_ones(batch, past + self.length)
+        mask = mask.clone()
+        mask[tokens.rows[unseen], past + tokens.columns[unseen]] = 0
+        return replace(self, attention_mask=mask)
 
     def block(self, part: slice, past: PrunedLayer) -> TokenBlock:
         """Some of the tokens, with the mask lined up with the cache.
@@ -230,8 +245,8 @@ class PrunedForwardMixin:
             return _Call(inputs_embeds, attention_mask, positions, length)
         if not 0 < prompt_length <= length:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
-        ends = (held_length + end for end in (prompt_length, length))
-        _check_visuals_in_prompt(request.tokens, *ends)
+        start = 0 if request.held is None else request.held.logical_length
+        _check_visuals_in_prompt(request.tokens, start + prompt_length, start + length)
         return _Call(inputs_embeds, attention_mask, positions, prompt_length, held_length)
 
     def _run_aligned(
@@ -269,12 +284,17 @@ class PrunedForwardMixin:
         """Hidden states `(batch, length, hidden)` after the final norm, as the caller sees them."""
         end = call.length if request.in_place else call.prompt_length
         ahead = self._tokens_ahead(call.prompt_length, request)
+        if request.in_place and request.tokens.encoded is not None:
+            call = call.hiding(request.tokens, run.cache.get_seq_length())
+            request = replace(request, tokens=request.tokens.seen_by_encoder())
         states = []
         if ahead:
             states.append(self._run_block(run, call, slice(0, ahead), request))
         block = call.block(slice(ahead, end), run.cache.layers[0])
+        if not request.in_place:
+            request = leave_out(block, request)
         if request.takes_glimpse and request.glimpse.token and not request.runs_beside:
-            place = call.prompt_length - ahead
+            place = call.prompt_length - ahead if request.in_place else block.position_ids.shape[-1]
             block.insert_glimpse(request.glimpse.token(0).to(block.hidden_states), place)
         states.append(Prefill(run, block, request).run())
         if end < call.length and not request.only_glimpse:

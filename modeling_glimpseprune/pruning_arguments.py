@@ -21,6 +21,11 @@ class PruningArguments:
         prune: False runs exactly the stock model.
         prune_threshold, max_keep_ratio, min_keep_tokens, prune_layer: override the configuration
             for one call.
+        redundant_patches: leave out, in front of the vision encoder, visual tokens whose neighbours
+            predict them within so many grey levels (0 to 255; 0 exactly, for rendered pages);
+            overrides the configuration for one call, False for none. For Qwen2.5-VL.
+        visual_encode_mask: `(num_visual_tokens,)` bool over the visuals that the call brings, in
+            prompt order: the caller's own choice of what is encoded.
         visual_keep_mask: `(num_visual_tokens,)` bool over the batch in prompt order, the caller's
             own choice; no glimpse is taken.
         visual_log_keep: `(num_visual_tokens,)` float, at most 0: a soft mask for training, not for
@@ -31,9 +36,9 @@ class PruningArguments:
             sdpa attention.
         prompt_length: tokens before the completion. The prompt is pruned and the completion runs as
             one block over the pruned cache, as when decoding. Default of the whole model: where
-            `labels` begin; else, with `logits_to_keep=n`, all but the last n - 1 tokens are prompt,
-            as in assisted decoding and in trl; else everything is. Where rows differ it is a tensor
-            `(batch,)`, padding counted, and no cache is returned.
+            `labels` begin; else, with `logits_to_keep=n` below the length, all but the last n - 1
+            tokens are prompt, as in assisted decoding and in trl; else everything is. Where rows
+            differ it is a tensor `(batch,)`, padding counted, and no cache is returned.
         in_place: score only: keep every token and let the completion see the glimpse token.
         only_glimpse: for backbones: stop after layer K; the record is on the returned cache.
         compact_output: for backbones: return kept tokens only, packed to the right, instead of the
@@ -47,6 +52,8 @@ class PruningArguments:
     max_keep_ratio: float | None = None
     min_keep_tokens: int | None = None
     prune_layer: int | None = None
+    redundant_patches: float | bool | None = None
+    visual_encode_mask: torch.Tensor | None = None
     visual_keep_mask: torch.Tensor | None = None
     visual_log_keep: torch.Tensor | None = None
     prompt_length: int | torch.Tensor | None = None
@@ -107,20 +114,28 @@ def show_arguments(stock: Callable, *more: inspect.Parameter) -> Callable:
     return decorate
 
 
-def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
-    """Check a caller's keep mask.
+def validate_mask(mask: torch.Tensor, num_visual_tokens: int, name: str) -> None:
+    """Check a caller's mask over visual tokens.
+
+    Args:
+        name: of the argument.
 
     Raises:
         ValueError: unless it is a bool tensor of shape `(num_visual_tokens,)`.
     """
-    if not isinstance(visual_keep_mask, torch.Tensor) or visual_keep_mask.dtype != torch.bool:
-        found = getattr(visual_keep_mask, "dtype", type(visual_keep_mask).__name__)
-        raise ValueError(f"visual_keep_mask must be a bool tensor, got {found}")
-    if visual_keep_mask.shape != (num_visual_tokens,):
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        found = getattr(mask, "dtype", type(mask).__name__)
+        raise ValueError(f"{name} must be a bool tensor, got {found}")
+    if mask.shape != (num_visual_tokens,):
         raise ValueError(
-            f"visual_keep_mask must have shape ({num_visual_tokens},), one entry a visual token of "
-            f"the batch in prompt order, got {tuple(visual_keep_mask.shape)}"
+            f"{name} must have shape ({num_visual_tokens},), one entry a visual token of the batch "
+            f"in prompt order, got {tuple(mask.shape)}"
         )
+
+
+def validate_keep_mask(visual_keep_mask: torch.Tensor, num_visual_tokens: int) -> None:
+    """As `validate_mask`, of the mask that says what to keep."""
+    validate_mask(visual_keep_mask, num_visual_tokens, "visual_keep_mask")
 
 
 def validate_log_keep(arguments: PruningArguments, num_visual_tokens: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from transformers.cache_utils import Cache
 
+from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .given_visuals import GivenVisualsMixin
 from .glimpse import Glimpse
 from .glimpse_prefix import GlimpsePrefix, check_made_by
@@ -12,6 +13,7 @@ from .glimpse_weights import GlimpseWeightsMixin
 from .held_prompt import HeldPrompt, prune_layer_over
 from .later_turns import (
     later_positions,
+    note_placeholders,
     past_length,
     positions_after_turn,
     prompt_positions,
@@ -24,9 +26,9 @@ from .pruning_arguments import (
     validate_keep_mask,
     validate_log_keep,
 )
-from .stock import add_encoded, backbone_names, given_cache, take_cache
+from .stock import add_encoded, backbone_names, cache_of, given_cache, take_cache
 from .visual_encoding import VisualEncodingMixin
-from .visual_features import VisualFeatures
+from .visual_features import VisualFeatures, described
 from .visual_tokens import collect_visual_tokens
 
 
@@ -88,7 +90,8 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         if isinstance(cache, GlimpsePrefix):
             cache, held = self._fork(cache, len(inputs_embeds), kwargs)
         describes = arguments.prune is not False or past_length(cache) > 0
-        encoded = self._encode(mm_encoder_outputs, kwargs, describes)
+        choice = self._encode_choice(arguments, mm_encoder_outputs)
+        encoded = self._encode(mm_encoder_outputs, kwargs, describes, choice, input_ids)
         masks = self._placeholder_masks(input_ids, inputs_embeds, encoded)
         inputs_embeds = self._merge(inputs_embeds, encoded, masks)
         request = None
@@ -97,8 +100,9 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             request = self._prune_request(encoded, masks, arguments, held)
         elif arguments.hold:
             raise ValueError("this prompt has no image or video to look at")
-        has_visuals = bool(encoded)
-        if has_visuals and past_length(cache):
+        has_visuals, is_fresh = bool(encoded), not past_length(cache)
+        placeholders = self.placeholders(input_ids, masks)
+        if has_visuals and not is_fresh:
             position_ids = self.turn_positions(
                 input_ids, position_ids, inputs_embeds, cache, encoded, kwargs
             )
@@ -122,9 +126,45 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         )
         if has_visuals and request is None:
             self.note_positions(outputs)
+        if is_fresh:
+            note_placeholders(cache_of(outputs), placeholders)
         add_encoded(outputs, encoded)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def encode_ahead(self, input_ids: torch.LongTensor | None, inputs: dict) -> dict:
+        """A generation's inputs with its visuals encoded, where a part of them is asked for.
+
+        Args:
+            input_ids: `(batch, new tokens)`, or None where the prompts came as embeddings.
+            inputs: its other inputs.
+        """
+        inputs = dict(inputs)
+        given = {name: inputs.pop(name, None) for name in ENCODE_ARGUMENTS}
+        arguments = PruningArguments(prune=inputs.get("prune"), **given)
+        choice = self._encode_choice(arguments, inputs.get("mm_encoder_outputs"))
+        pixels = [names[0] for names in self.visual_inputs.values()]
+        if choice.is_all or all(inputs.get(name) is None for name in pixels):
+            return inputs
+        return inputs | {"mm_encoder_outputs": self._encode(None, inputs, True, choice, input_ids)}
+
+    def _encode_choice(
+        self, arguments: PruningArguments, encoded: dict[str, VisualFeatures] | None
+    ) -> EncodeChoice:
+        """What to encode of the visuals of a call.
+
+        Raises:
+            ValueError: when the call asks for a part of visuals that are encoded already, or not
+                to be pruned.
+        """
+        given = {name: getattr(arguments, name) for name in ENCODE_ARGUMENTS}
+        asks = self.asks_for_part(given)
+        if asks and (encoded or arguments.prune is False):
+            raise ValueError(
+                "redundant_patches and visual_encode_mask are for pixels of a prompt that is "
+                "pruned: leave them out with prune=False and with mm_encoder_outputs"
+            )
+        return EncodeChoice() if arguments.prune is False else self.encode_choice(given)
 
     def _fork(self, prefix: GlimpsePrefix, batch: int, inputs: dict) -> tuple[Cache, HeldPrompt]:
         """What a call over a prefix goes on with.
@@ -235,13 +275,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
                 visuals of another class.
         """
         config = self.config
-        for kind, features in encoded.items():
-            if not isinstance(features, dict) or "glimpse_views" not in features:
-                raise ValueError(
-                    f"mm_encoder_outputs[{kind!r}], a {type(features).__name__}, does not say "
-                    f"where visual tokens lie: give what this model's encode_visual({kind!r}, ...) "
-                    "returns, or use prune=False"
-                )
+        encoded = {kind: described(kind, encoded[kind]) for kind in encoded}
         self.check_config()
         settings = {}
         for name in CALL_SETTINGS:

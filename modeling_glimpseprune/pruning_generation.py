@@ -14,16 +14,17 @@ from .glimpse import Glimpse
 from .glimpse_prefix import GlimpsePrefix
 from .glimpse_record import GlimpseRecord, refuse_nan
 from .glimpse_weights import GlimpseWeightsMixin
-from .later_turns import past_length
+from .later_turns import check_placeholders, past_length
 from .looking import LookingMixin
 from .prefill import UNTRAINED
 from .pruned_cache import pruned_layer
-from .pruning_arguments import validate_keep_mask
+from .pruning_arguments import validate_mask
 from .row_boundaries import first_labelled
-from .stock import CACHE_NAME, cache_of, counts_positions, given_cache, take_cache
-from .visual_features import VisualFeatures
+from .stock import CACHE_NAME, ENCODES_FIRST, cache_of, counts_positions, given_cache, take_cache
+from .visual_features import VisualFeatures, described
 
 ENCODED = "mm_encoder_outputs"
+VISUAL_MASKS = ("visual_keep_mask", "visual_encode_mask")
 
 
 class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeightsMixin):
@@ -133,13 +134,23 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         return cache.glimpse
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """Leave out images and videos that a kept cache has seen already."""
+        """Leave out images and videos that a kept cache has seen already; encode parts of others.
+
+        Raises:
+            ValueError: when the cache holds another prompt's.
+        """
         inputs, name, model_kwargs = super()._prepare_model_inputs(
             inputs, bos_token_id, model_kwargs
         )
-        past = past_length(model_kwargs.get(CACHE_NAME))
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        past = past_length(cache)
         if past and name == "input_ids":
+            if mask is None or mask.shape[-1] == inputs.shape[1]:  # else ids of new tokens alone
+                check_placeholders(cache, self.model.placeholders(inputs))
             model_kwargs = self.model.drop_cached_visuals(inputs, past, model_kwargs)
+        ids = inputs[:, past:] if name == "input_ids" else None
+        if ENCODES_FIRST:
+            model_kwargs = self.model.encode_ahead(ids, model_kwargs)
         return inputs, name, model_kwargs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -229,7 +240,7 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         prompt matters without a cache, where later steps run the prompt again with what was
         generated behind it.
         """
-        names = {"visual_keep_mask", ENCODED}
+        names = {*VISUAL_MASKS, ENCODED}
         if expand_size > 1:
             new_ids = self.new_placeholders(input_ids, model_kwargs)
             repeated = self._repeated_visuals(new_ids, model_kwargs, expand_size)
@@ -251,17 +262,22 @@ class PruningGenerationMixin(LookingMixin, AssistedDecodingMixin, GlimpseWeights
         Args:
             new_ids: see `new_placeholders`.
         """
-        repeated = {}
-        if (keep_mask := inputs.get("visual_keep_mask")) is not None:
-            counts = self.model.visual_counts(new_ids, **inputs)
-            cache = inputs.get(CACHE_NAME)
-            if isinstance(cache, GlimpsePrefix):
-                held = cache.visual_counts(len(new_ids))
-                counts = [sum(both) for both in zip(held, counts, strict=True)]
-            validate_keep_mask(keep_mask, sum(counts))
-            rows = [row.repeat(repeats) for row in keep_mask.split(counts)]
-            repeated["visual_keep_mask"] = torch.cat(rows)
+        repeated, counts = {}, []
         if encoded := inputs.get(ENCODED):
+            prunes = inputs.get("prune") is not False
+            encoded = {kind: described(kind, encoded[kind], prunes) for kind in encoded}
+        masks = {name: inputs[name] for name in VISUAL_MASKS if inputs.get(name) is not None}
+        if masks:
+            counts = self.model.visual_counts(new_ids, **inputs)
+        for name, mask in masks.items():
+            of_rows, cache = counts, inputs.get(CACHE_NAME)
+            if isinstance(cache, GlimpsePrefix) and name == "visual_keep_mask":
+                held = cache.visual_counts(len(new_ids))
+                of_rows = [sum(both) for both in zip(held, counts, strict=True)]
+            validate_mask(mask, sum(of_rows), name)
+            rows = [row.repeat(repeats) for row in mask.split(of_rows)]
+            repeated[name] = torch.cat(rows)
+        if encoded:
             self._check_placeholders(new_ids, encoded)
             repeated[ENCODED] = {
                 kind: features.repeat_rows(self._placeholders(new_ids, kind).tolist(), repeats)
@@ -310,7 +326,8 @@ def completion_start(
 
     Args:
         labels: `(batch, length)`, see `first_labelled`.
-        logits_to_keep: n > 1 asks for the last prompt token's logits and n - 1 tokens after it.
+        logits_to_keep: n > 1, but not all, asks for the last prompt token's logits and n - 1 tokens
+            after it.
         input_ids: `(batch, length)`.
 
     Returns:
@@ -318,6 +335,7 @@ def completion_start(
     """
     if labels is not None:
         return first_labelled(labels)
-    if isinstance(logits_to_keep, int) and logits_to_keep > 1 and input_ids is not None:
-        return input_ids.shape[1] - logits_to_keep + 1
-    return None
+    if not isinstance(logits_to_keep, int) or input_ids is None:
+        return None
+    length = input_ids.shape[1]
+    return length - logits_to_keep + 1 if 1 < logits_to_keep < length else None

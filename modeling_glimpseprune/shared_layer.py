@@ -111,7 +111,7 @@ def shared_cache(cache: Cache | None) -> DynamicCache | None:
     shared.layers = list(cache.layers)
     adopt_layers(shared, len(cache.layers))
     shared.layers = [_share(layer) for layer in shared.layers]
-    for name in ("rope_deltas", "follows_turn"):
+    for name in ("rope_deltas", "follows_turn", "placeholders"):
         if hasattr(cache, name):
             setattr(shared, name, getattr(cache, name))
     return shared

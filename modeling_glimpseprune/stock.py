@@ -29,6 +29,9 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 from transformers.utils import cached_file, logging
 
 try:
@@ -260,6 +263,20 @@ def token_types(image: torch.Tensor, video: torch.Tensor) -> dict:
         image, video: `(batch, length)` bool.
     """
     return {"mm_token_type_ids": image.int() + 2 * video.int()} if TRANSFORMERS_5 else {}
+
+
+def subset_arguments(kind: str, places: dict[str, torch.Tensor]) -> dict:
+    """Arguments that tell Qwen2.5-VL's vision encoder where its tokens are, in the grid's place.
+
+    None on releases whose encoder asks its own methods `rot_pos_emb` and `get_window_index`.
+
+    Args:
+        kind: of the visuals; `get_image_features` takes its encoder's arguments by a prefix.
+        places: by the names that the encoder has for them.
+    """
+    if hasattr(Qwen2_5_VisionTransformerPretrainedModel, "get_window_index"):
+        return {}
+    return {f"{kind}_{name}": value for name, value in places.items()}
 
 
 def tokens_behind(past: int, real: torch.Tensor | int) -> torch.Tensor | int:

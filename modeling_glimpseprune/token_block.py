@@ -30,7 +30,8 @@ class TokenBlock:
         prompt_length: tokens of the prompt.
         glimpse_slice: where the glimpse tokens stand in `hidden_states`.
         next_position: `(batch,)`, the position at which the answer (and the glimpse) starts.
-        order: `(batch, slots)` prompt position of each slot, once the prompt is compact.
+        order: `(batch, slots)` place among the `length` tokens of each slot, glimpse tokens left
+            out; None while every token is there.
         fixed_slots: slots up to the last visual token, once the prompt is compact.
         log_keep: `(batch, past slots + tokens)`, what a soft mask adds to the scores of each key.
         held: what waits in front of the block's own tokens, once they are joined; `hidden_states`
@@ -104,11 +105,13 @@ class TokenBlock:
 
     def join(self, held: HeldPrompt) -> None:
         """Put what a prefix holds in front of these tokens: from here on they are one prompt."""
-        self.held, self.unseen = held, held.length
+        self.held, self.unseen = held, held.logical_length
         self.past_slots = self.prompt_start
+        self.past_dropped -= held.dropped
         self.past_columns = self.past_columns[:, : self.past_slots]
+        self.order = held.with_order(self.order, len(self.hidden_states), self.prompt_length)
         self.position_ids = held.with_positions(self.position_ids)
-        self.length += held.length
+        self.length += held.logical_length
         places = (self.glimpse_slice.start, self.glimpse_slice.stop)
         self.glimpse_slice = slice(*(place + held.length for place in places))
 
@@ -136,7 +139,8 @@ class TokenBlock:
         self.position_ids = positions.take_along_dim(
             order.expand(*positions.shape[:-1], -1), dim=-1
         )
-        self.order, self.glimpse_slice = order, slice(order.shape[1], order.shape[1])
+        self.order = order if self.order is None else self.order.gather(1, order)
+        self.glimpse_slice = slice(order.shape[1], order.shape[1])
         if real is None:
             self.mask = None
             return
@@ -153,13 +157,10 @@ class TokenBlock:
         seen = self.as_seen(self.hidden_states)
         if seen is self.hidden_states or self.unseen:
             return seen
+        states, rows = seen, self.hidden_states[:, self.glimpse_slice]
         if self.order is not None:
-            index = self.order.to(seen.device)[..., None]
-            self.hidden_states = seen.take_along_dim(index, dim=1)
-        else:
-            place = self.glimpse_slice.start
-            rows = self.hidden_states[:, self.glimpse_slice]
-            self.hidden_states = _insert(seen, rows, place, dim=1)
+            states = seen.take_along_dim(self.order.to(seen.device)[..., None], dim=1)
+        self.hidden_states = _insert(states, rows, self.glimpse_slice.start, dim=1)
         return seen
 
     def as_seen(self, states: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -171,16 +172,19 @@ class TokenBlock:
         return seen.narrow(dim, self.unseen, seen.shape[dim] - self.unseen) if self.unseen else seen
 
     def _laid_out(self, states: torch.Tensor, dim: int) -> torch.Tensor:
-        if self.order is None and not self.has_glimpse:
-            return states
+        if self.has_glimpse:
+            states = self._without_glimpse(states, dim)
         if self.order is None:
-            bounds = [self.glimpse_slice.start, self.glimpse_slice.stop]
-            before, _, after = states.tensor_split(bounds, dim=dim)
-            return torch.cat([before, after], dim=dim)
+            return states
         shape = [1] * states.ndim
         shape[0], shape[dim] = self.order.shape
-        real = self.valid.to(states.device).view(shape)
+        real = self._without_glimpse(self.valid, 1).to(states.device).view(shape)
         return spread(states * real, self.order, self.length, dim)
+
+    def _without_glimpse(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        bounds = [self.glimpse_slice.start, self.glimpse_slice.stop]
+        before, _, after = states.tensor_split(bounds, dim=dim)
+        return torch.cat([before, after], dim=dim)
 
     def weights_as_seen(self, weights: torch.Tensor | None) -> torch.Tensor | None:
         """Attention weights `(batch, heads, tokens, slots)` laid out on both sides.

@@ -1,10 +1,16 @@
 """Encodes images and videos by the stock methods, and keeps what the predictor needs of them."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 
+from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .glimpse import Glimpse
 from .layer_additions import LayerAdditions
+from .pruning_arguments import validate_mask
+from .redundant_patches import telling_tokens
 from .stock import AS_OUTPUT, OF_ENCODERS, encoder_fields, in_stock_form
 from .visual_features import VisualFeatures, tap_outputs
 
@@ -66,6 +72,60 @@ class VisualEncodingMixin:
         features["glimpse_views"] = described.glimpse_views
         return features
 
+    def encode_part(
+        self, kind: str, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], **inputs
+    ) -> VisualFeatures:
+        """As `encode_visual`, with the encoder on some of the visual tokens.
+
+        Args:
+            choose: from the pixels and the `(N, 6)` geometry (see `token_geometry`), which tokens
+                to encode, `(N,)` bool.
+
+        Raises:
+            ValueError: where the family's encoder takes whole images only.
+        """
+        raise ValueError(f"visual_encode_mask: {type(self.config).redundancy_choice}")
+
+    def encode_as_configured(self, kind: str, **inputs) -> VisualFeatures:
+        """As `encode_visual`, without the patches that the configuration calls redundant."""
+        return self._encode_by(self.encode_choice({}), None, kind, **inputs)
+
+    def asks_for_part(self, given: dict) -> bool:
+        """Whether a call's arguments ask for a part of its visuals to be encoded."""
+        tolerance, mask = (given.get(name) for name in ENCODE_ARGUMENTS)
+        return mask is not None or not (tolerance is None or tolerance is False)
+
+    def encode_choice(self, given: dict) -> EncodeChoice:
+        """What of a call's visuals to encode; what is not given comes from the configuration.
+
+        Args:
+            given: of `redundant_patches` and `visual_encode_mask` what the call says.
+        """
+        tolerance, mask = given.get("redundant_patches"), given.get("visual_encode_mask")
+        tolerance = self.config.redundant_patches if tolerance is None else tolerance
+        self.config.validate_field("redundant_patches", tolerance)
+        return EncodeChoice(None if tolerance is False else tolerance, mask)
+
+    def _encode_by(
+        self, choice: EncodeChoice, mask: torch.Tensor | None, kind: str, **inputs
+    ) -> VisualFeatures:
+        """Encode visuals of a kind, or the part of them that is chosen.
+
+        Args:
+            mask: the caller's own choice for this kind, if there is one.
+        """
+        if mask is not None:
+
+            def choose(pixels: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
+                validate_mask(mask, len(geometry), "visual_encode_mask")
+                return mask.to(geometry.device)
+
+            return self.encode_part(kind, choose, **inputs)
+        if choice.tolerance is not None:
+            choose = partial(telling_tokens, tolerance=choice.tolerance)
+            return self.encode_part(kind, choose, **inputs)
+        return self.encode_visual(kind, **inputs)
+
     def encode_plainly(self, kind: str, **inputs) -> VisualFeatures:
         """Encode by the stock method alone; arguments as for `encode_visual`."""
         self.check_config()
@@ -93,23 +153,37 @@ class VisualEncodingMixin:
         return in_stock_form(self.encode_visual(kind, **inputs), return_dict)
 
     def _encode(
-        self, encoded: dict[str, VisualFeatures] | None, kwargs: dict, describes: bool
+        self,
+        encoded: dict[str, VisualFeatures] | None,
+        kwargs: dict,
+        describes: bool,
+        choice: EncodeChoice,
+        input_ids: torch.LongTensor | None,
     ) -> dict[str, VisualFeatures]:
         """Encode what comes as pixels, which leave `kwargs`.
 
         Args:
             describes: whether anybody asks where visual tokens are; else the stock encoder runs.
+            choice: what to encode.
+            input_ids: `(batch, length)` of the tokens that bring the visuals, if known.
 
         Raises:
             ValueError: when visuals come both as pixels and encoded.
         """
-        encode = self.encode_visual if describes else self.encode_plainly
+        given = [
+            kind for kind, names in self.visual_inputs.items() if kwargs.get(names[0]) is not None
+        ]
+        masks = choice.by_kind(given, input_ids, self.config)
         asked = self.asked_of_encoders({name: kwargs.get(name) for name in OF_ENCODERS})
         encoded, of_pixels = dict(encoded or {}), {}
         for kind, names in self.visual_inputs.items():
             inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            if kwargs.pop(names[0], None) is not None:
-                of_pixels[kind] = encode(kind, **inputs, **asked)
+            if kwargs.pop(names[0], None) is None:
+                continue
+            if describes:
+                of_pixels[kind] = self._encode_by(choice, masks.get(kind), kind, **inputs, **asked)
+            else:
+                of_pixels[kind] = self.encode_plainly(kind, **inputs, **asked)
         if encoded and of_pixels:
             raise ValueError("give mm_encoder_outputs or pixels, not both")
         return encoded or of_pixels

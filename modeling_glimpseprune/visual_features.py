@@ -21,6 +21,7 @@ class ImageView:
         places: `(tokens,)` ascending index of each among its image's placeholders. Placeholders
             that no view names are no visual tokens: they are never dropped.
         name: what the view is called, or None for the only one of an image.
+        encoded: `(tokens,)` bool, False at tokens that the encoder did not see, or None for all.
     """
 
     taps: list[torch.Tensor]
@@ -28,6 +29,7 @@ class ImageView:
     grid: torch.Tensor
     places: torch.Tensor
     name: str | None = None
+    encoded: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,7 +76,7 @@ class VisualFeatures(BaseModelOutputWithPooling):
         return type(self)(
             pooler_output=[self.pooler_output[image] for image in images],
             deepstack_features=added,
-            glimpse_views=[self.glimpse_views[image] for image in images],
+            glimpse_views=self.glimpse_views and [self.glimpse_views[image] for image in images],
         )
 
     def repeat_rows(self, placeholders: list[int], repeats: int) -> "VisualFeatures":
@@ -95,12 +97,35 @@ class VisualFeatures(BaseModelOutputWithPooling):
         return self.select(selected)
 
 
+def described(kind: str, features: dict, prunes: bool = True) -> VisualFeatures:
+    """Encoded visuals that a call gave, which need not come from our encoders.
+
+    Args:
+        kind: `"image"` or `"video"`.
+        features: an output with a `pooler_output`.
+        prunes: whether the call asks where visual tokens lie.
+
+    Raises:
+        ValueError: when they do not say it.
+    """
+    if isinstance(features, dict) and "glimpse_views" in features:
+        return features
+    if prunes:
+        raise ValueError(
+            f"mm_encoder_outputs[{kind!r}], a {type(features).__name__}, does not say where visual "
+            f"tokens lie: give what this model's encode_visual({kind!r}, ...) returns, or use "
+            "prune=False"
+        )
+    return VisualFeatures(pooler_output=features.pooler_output)
+
+
 def whole_images(
     embeddings: Sequence[torch.Tensor],
     layers: list[torch.Tensor],
     geometry: torch.Tensor,
     grids: torch.Tensor,
     skipped: int = 0,
+    encoded: torch.Tensor | None = None,
 ) -> VisualFeatures:
     """Features of images whose placeholders are visual tokens of one view.
 
@@ -110,12 +135,16 @@ def whole_images(
         geometry: `(N, 6)`, see `token_geometry`.
         grids: `(images, 3)` frames, height and width of each image in tokens.
         skipped: placeholders at the start of each image that are no visual tokens.
+        encoded: `(N,)` bool, False at tokens that the encoder did not see, or None for all.
     """
     sizes = [len(of_image) - skipped for of_image in embeddings]
     taps = zip(*(layer.split(sizes) for layer in layers), strict=True)
     places = [torch.arange(size, device=geometry.device) + skipped for size in sizes]
     parts = zip(taps, geometry.split(sizes), grids, places, strict=True)
     views = [[ImageView(list(layers), *where)] for layers, *where in parts]
+    if encoded is not None:
+        for (view,), of_image in zip(views, encoded.split(sizes), strict=True):
+            view.encoded = of_image
     return VisualFeatures(pooler_output=embeddings, glimpse_views=views)
 
 

@@ -25,6 +25,9 @@ class VisualTokens:
         grids: `(items, 3)` frames, height and width of each, in tokens.
         feature_index: `(N,)` which of the features each token has, or None for one each. So rows
             that ask about one image share its features.
+        encoded: `(N,)` bool, False at tokens that the vision encoder did not see, or None for all.
+        whole: of `seen_by_encoder`: all tokens, in the caller's columns.
+        places: of `seen_by_encoder`: `(N,)` index of each among all.
     """
 
     rows: torch.Tensor
@@ -36,6 +39,9 @@ class VisualTokens:
     item_rows: torch.Tensor
     grids: torch.Tensor
     feature_index: torch.Tensor | None = None
+    encoded: torch.Tensor | None = None
+    whole: "VisualTokens | None" = None
+    places: torch.Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -86,12 +92,36 @@ class VisualTokens:
             _cat(self.item_rows, own.item_rows),
             _cat(self.grids, own.grids),
             _cat(mine, index),
+            self._encoded_with(own),
         )
         if not sort:
             return both
         item_rows = both.item_rows.tolist()
         items = sorted(range(len(item_rows)), key=item_rows.__getitem__)
         return both._picked(both.rows.argsort(stable=True), items)
+
+    def seen_by_encoder(self) -> "VisualTokens":
+        """Those that the vision encoder saw; `whole` and `places` say of which."""
+        if self.encoded is None:
+            return self
+        places = self.encoded.nonzero()[:, 0]
+        seen = self.encoded.split(self.sizes)
+        sizes = torch.stack([part.sum() for part in seen]).tolist()
+        items = list(range(len(sizes)))
+        chosen = replace(self._picked(places, items), sizes=sizes)
+        return replace(chosen, encoded=None, whole=self, places=places)
+
+    def _encoded_with(self, own: "VisualTokens") -> torch.Tensor | None:
+        if self.encoded is None and own.encoded is None:
+            return None
+        return _cat(
+            *(
+                torch.ones_like(each.rows, dtype=torch.bool)
+                if each.encoded is None
+                else each.encoded
+                for each in (self, own)
+            )
+        )
 
     def parts(self, limit: int) -> Iterator["VisualTokens"]:
         """The tokens in order, a few whole items at a time.
@@ -126,6 +156,7 @@ class VisualTokens:
             item_rows=self.item_rows[places],
             grids=self.grids[places.to(self.grids.device)],
             feature_index=index if self.feature_index is None else self.feature_index[index],
+            encoded=None if self.encoded is None else self.encoded[index],
         )
 
     def _in_rows(self, item_rows: torch.Tensor, sizes: list[int]) -> "VisualTokens":
@@ -139,30 +170,35 @@ class VisualTokens:
         Args:
             window: side of the attention windows in tokens, or None for whole frames.
         """
-        frames = self._frames(need_grids=window is not None)
         groups: list[TokenGroup] = []
-        for start, size, height, width in frames:
+        if window is not None:
+            places = self.geometry[:, 1:3].cpu()
+            frames = [(start, size) for start, size in self._frames() if size]
+            return [
+                WindowedTokenGroup(start, places[start : start + size], window)
+                for start, size in frames
+            ]
+        for start, size in self._frames():
             last = groups[-1] if groups else None
             if size == 0:
                 continue
-            if window is not None:
-                groups.append(WindowedTokenGroup(start, height, width, window))
-            elif last is not None and last.size == size:
+            if last is not None and last.size == size:
                 last.count += 1
             else:
                 groups.append(TokenGroup(start, size, 1))
         return groups
 
-    def _frames(self, need_grids: bool) -> list[tuple[int, int, int, int]]:
-        """`(start, size, height, width)` of each frame; images need no grid, nor a wait for it."""
-        frames, start = [], 0
-        grids = [(1, 1, size) for size in self.sizes]
-        if need_grids or "video" in self.kinds:
-            grids = self.grids.tolist()
-        for size, (count, height, width) in zip(self.sizes, grids, strict=True):
-            per_frame = height * width
-            frames += [(start + i * per_frame, per_frame, height, width) for i in range(count)]
-            start += size
+    def _frames(self) -> list[tuple[int, int]]:
+        """`(start, size)` of each frame; images without videos need no wait for the device."""
+        starts = [0, *accumulate(self.sizes)][:-1]
+        if "video" not in self.kinds:
+            return list(zip(starts, self.sizes, strict=True))
+        frames, of_token = [], self.geometry[:, 0].cpu()
+        for start, size in zip(starts, self.sizes, strict=True):
+            of_item = of_token[start : start + size]
+            for count in of_item.unique_consecutive(return_counts=True)[1].tolist():
+                frames.append((start, count))
+                start += count
         return frames
 
 
@@ -198,11 +234,23 @@ def collect_visual_tokens(
         sizes=[len(view.places) for _, view in views],
         item_rows=torch.stack([image.placeholders[0] // length for image, _ in views]),
         grids=torch.stack([view.grid for _, view in views]).to(device),
+        encoded=_encoded([view for _, view in views], device),
     )
 
 
 def _cat(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, second.to(first.device)])
+
+
+def _encoded(views: list[ImageView], device: torch.device) -> torch.Tensor | None:
+    """Which tokens were encoded, or None where all were."""
+    if all(view.encoded is None for view in views):
+        return None
+    flags = [
+        torch.ones_like(view.places, dtype=torch.bool) if view.encoded is None else view.encoded
+        for view in views
+    ]
+    return torch.cat([each.to(device) for each in flags])
 
 
 @dataclass

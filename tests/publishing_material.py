@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from conversion.convert_stage1 import main as convert_stage1
 from conversion.convert_stage2 import main as convert_stage2
 from conversion.merge_adapter import merge
-from conversion.repository import PROCESSOR_FILES, is_glimpse
+from conversion.processor_files import PROCESSOR_FILES
+from conversion.repository import is_glimpse
 from conversion.trained_glimpse import read_trained_glimpse
 from glimpseprune.families import QWEN2_5_VL
 from glimpseprune.hub.shards import find_shards, load_tensors

@@ -27,6 +27,7 @@ TOLERANCE = 1e-5
 # model answers: the sentence that says so.
 REFUSALS = {
     "static cache": "cache cannot be pruned: use the default DynamicCache, or prune=False",
+    "made static cache": "visual tokens cannot be pruned from a cache of StaticLayers",
     "4-D mask": "pruning takes a 2-D attention mask",
     "right padding": "pad on the left",
     "short mask": "attention_mask has 3 columns for",
@@ -165,13 +166,15 @@ def _assert_same_tensor(
     assert found.dtype == expected.dtype, (where, found.dtype, expected.dtype)
     assert found.requires_grad == expected.requires_grad, where
     if pair.is_exact:
-        assert torch.equal(found, expected), where
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}"
+        )
         return
     found, expected = (_without_padding(each.detach(), pair.real) for each in (found, expected))
-    size = float(expected.abs().max()) if expected.is_floating_point() and expected.numel() else 1.0
-    tolerance = TOLERANCE * max(1.0, size)
+    sizes = expected.double().abs().nan_to_num(0.0).flatten()
+    tolerance = TOLERANCE * max([1.0, *sizes.tolist()]) if found.is_floating_point() else 0
     torch.testing.assert_close(
-        found, expected, rtol=0, atol=tolerance, msg=lambda text: f"{where}: {text}"
+        found, expected, rtol=0, atol=tolerance, equal_nan=True, msg=lambda text: f"{where}: {text}"
     )
 
 

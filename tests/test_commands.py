@@ -5,9 +5,10 @@ import re
 
 import pytest
 from PIL import Image
+from transformers import GenerationMixin
 
 from glimpseprune.cli import COMMANDS, main
-from glimpseprune.package_files import SAMPLE_PAGE
+from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
 
 
 def test_every_command_has_help(capsys):
@@ -32,6 +33,37 @@ def test_ask_without_pruning_keeps_all(tmp_path, capsys):
     picture = tmp_path / "picture.png"
     assert main(["ask", "--no-prune", "--output", str(picture)]) == 0
     assert "all" in capsys.readouterr().out and not picture.exists()
+
+
+def test_chat_looks_once_and_answers_until_an_empty_line(capsys, monkeypatch):
+    questions = ["What is the value of CS?", "What is the value of CS?"]
+    typed = iter([*questions, "", "never asked"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert main(["chat"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("looked at 1 image(s), 144 visual tokens") == 1
+    answers = printed.splitlines()[2::2]
+    assert answers == ["577", "577"]
+    assert len(re.findall(r"kept \d+ of 144 \(\d+\.\d%\), \d+\.\d\d s", printed)) == 2
+
+
+def test_chat_goes_on_with_a_conversation(capsys, monkeypatch):
+    """What was said stands in the next prompt, behind the images."""
+    prompts = []
+    generate = GenerationMixin.generate
+    monkeypatch.setattr(
+        GenerationMixin,
+        "generate",
+        lambda self, *args, **kwargs: prompts.append(kwargs) or generate(self, *args, **kwargs),
+    )
+    typed = iter(["What is the value of CS?", "And of AB?"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, ""))
+    page = ["--image", str(SAMPLE_PAGE)]
+    assert main(["chat", "--model", str(TINY_MODEL), *page, *page, "--max-new-tokens", "6"]) == 0
+    assert "looked at 2 image(s), 288 visual tokens" in capsys.readouterr().out
+    first, second = (prompt["input_ids"][0].tolist() for prompt in prompts)
+    question = len(first) - 4  # both end in what opens the answer
+    assert second[:question] == first[:question] and len(second) > len(first) + 6
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ WAITING_OPERATIONS = (
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def family(request):
-    """Qwen3-VL's heads are wider than their share of the model, and features join between layers."""
+    """Qwen3-VL's heads are wider than their share of the model; features join between layers."""
     return request.param
 
 
@@ -248,6 +248,9 @@ def test_memory_of_a_prefill(models, family, monkeypatch):
     settings = {"prune_threshold": 0.0, "max_keep_ratio": 0.04}
     stock = peak_bytes(lambda: run(models.stock, batch), models.stock)
     whole = peak_bytes(lambda: run(models.pruned, batch, **settings), models.pruned)
+    if family == "qwen3_vl":  # its tiny MLP is no wider than its heads, which bound the peak
+        assert whole <= stock, (whole, stock)
+        return
     monkeypatch.setattr(decoder_layers, "MLP_CHUNK", 128)
     parts = peak_bytes(lambda: run(models.pruned, batch, **settings), models.pruned)
     assert parts < whole <= stock, (parts, whole, stock)
@@ -300,15 +303,19 @@ def count_waits(model, batch, **settings) -> int:
 def test_one_wait_for_the_device_beyond_stock(models, batch):
     stock = count_waits(models.stock, batch)
     assert stock > 0  # the counter sees the stock model's own
-    assert count_waits(models.pruned, batch, max_keep_ratio=0.2) == stock + 1
     assert count_waits(models.pruned, batch, prune=False) == stock
+    vision = models.stock.config.vision_config
+    if models.pruned.model.adds_between_layers:  # stock reads and writes them by a bool index
+        stock -= 2 * len(vision.deepstack_visual_indexes)
+    assert count_waits(models.pruned, batch, max_keep_ratio=0.2) == stock + 1
     assert count_waits(models.pruned, batch, max_keep_ratio=0.2, prune_layer=1) == stock + 1
 
 
 def test_a_batch_that_looks_ahead_waits_once_more(models, family):
     """How many visual tokens each of several rows has is known on the device alone."""
     batch = build_batch([[3, (3, 4), 4], [2, (2, 5), 1]], family=family)
-    waits = [count_waits(models.pruned, batch, prune_layer=layer) for layer in (3, 1)]
+    settings = {"prune_threshold": 0.0, "max_keep_ratio": 0.2}  # as ragged in both
+    waits = [count_waits(models.pruned, batch, prune_layer=each, **settings) for each in (3, 1)]
     assert waits[1] == waits[0] + 1
 
 

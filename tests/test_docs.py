@@ -7,7 +7,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "generation.md"
-MODELS = {"shared_models", "build_models"}  # fixtures that come in every family
+MODELS = {"shared_models", "build_models", "make_model"}  # fixtures that come in every family
 ROW = re.compile(r"\| (?P<feature>[^|]+) \| (?P<answer>[^|]+) \| (?P<families>[^|]+) \| (`.+`) \|")
 
 

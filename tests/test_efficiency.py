@@ -1,8 +1,11 @@
 """The efficiency benchmark on tiny models: what it measures is measured, and the page shows it."""
 
+import time
+
 import pytest
 import torch
 
+from benchmarks.efficiency.measurement import CLOCKS, StepClock, clocked_module
 from benchmarks.efficiency.page import write_page
 from benchmarks.efficiency.points import Centre, Point, measure, points_of
 from benchmarks.efficiency.workload import REAL, SCALED, Pair, build_config, build_prompt
@@ -50,6 +53,23 @@ def test_a_point(build_models):
     assert "decode step" not in measured(models, new_tokens=1, sweep="new_tokens")["ratios"]
 
 
+class Waits(torch.nn.Module):
+    def forward(self):
+        time.sleep(0.2)
+
+
+def test_waiting_is_on_the_wall_clock_alone():
+    seconds = {}
+    for name, clock in CLOCKS.items():
+        module = Waits()
+        with clocked_module(module, torch.device("cpu"), clock) as of_module:
+            steps = StepClock(torch.device("cpu"), clock)
+            module()
+            steps(torch.zeros(1, 1), None)
+        seconds[name] = [*of_module, *steps.seconds]
+    assert min(seconds["wall"]) >= 0.2 > max(seconds["processor"])
+
+
 def test_page(build_models, tmp_path):
     models = build_models()
     points = [measured(models), measured(models, sweep="retention", retention=0.5)]
@@ -92,11 +112,17 @@ def test_an_early_point_is_measured_beside_the_late_one(build_models, tmp_path):
         assert early["ratios"][f"{name}, P = K"] == late["ratios"][name]
     assert early["ratios"]["decoder operations"] < late["ratios"]["decoder operations"]
     assert len(early["every time"]["first token"]["at K"]) == early["repetitions"]
-    results = {"machine": {}, "settings": {}, "points": [late, early]}
-    write_page(results, tmp_path / "efficiency.md")
     ratios = early["ratios"]
+    cell = f"{ratios['first token']:.3f} ({ratios['first token, P = K']:.3f})"
+    both = {"machine": {"device": "another"}, "settings": {}, "points": [late, early]}
+    write_page(both, tmp_path / "efficiency.md")
+    assert cell in (tmp_path / "efficiency.md").read_text()
+    without = {"machine": {"device": "a machine"}, "settings": {}, "points": [late]}
+    write_page(without, tmp_path / "efficiency.md")
+    assert cell not in (tmp_path / "efficiency.md").read_text()
+    write_page(without, tmp_path / "efficiency.md", both)
     page = (tmp_path / "efficiency.md").read_text()
-    assert f"{ratios['first token']:.3f} ({ratios['first token, P = K']:.3f})" in page
+    assert cell in page and "another" in page and "a machine" in page
 
 
 @pytest.mark.parametrize("geometry", [*REAL, SCALED])

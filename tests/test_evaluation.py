@@ -3,15 +3,21 @@
 import pytest
 import torch
 
+from benchmarks.evaluate_by_image import compare
 from glimpseprune.baselines.fastv import FastV
 from glimpseprune.baselines.method import Method, OwnPruning, TextOnly
+from glimpseprune.baselines.oracle_evidence import OracleEvidence
+from glimpseprune.baselines.random_tokens import RandomTokens
 from glimpseprune.baselines.resized_image import ResizedImage
+from glimpseprune.baselines.scorer import AtGlimpseLayer
+from glimpseprune.baselines.uniform_grid import UniformGrid
 from glimpseprune.baselines.visionzip import VisionZip
 from glimpseprune.commands.evaluate import read_samples
-from glimpseprune.evaluation import evaluate, summarise
+from glimpseprune.evaluation import batches, evaluate, summarise
 from glimpseprune.loading import TINY_MODEL, load_model, prepare
+from modeling_glimpseprune.stock import ENCODES_FIRST
 
-QUESTIONS = 6
+QUESTIONS = 6  # four about the first page, two about the second
 METHODS = [
     Method(),
     OwnPruning(),
@@ -20,6 +26,12 @@ METHODS = [
     ResizedImage(ratio=0.333),
     VisionZip(ratio=0.333),
     FastV(ratio=0.111),
+]
+OVER_A_LOOK = [
+    OracleEvidence(),
+    OwnPruning("early", 0.111, prune_threshold=0.0, prune_layer=0),
+    AtGlimpseLayer("random", 0.111, scorer=RandomTokens()),
+    AtGlimpseLayer("uniform grid", 0.111, scorer=UniformGrid()),
 ]
 
 
@@ -82,3 +94,51 @@ def test_summaries_count_every_question(evaluation):
     assert summary["all"]["questions"] == sum(each["questions"] for each in groups) == QUESTIONS
     scores = torch.tensor([answer.score for answer in evaluation.answers[1]])
     assert summary["all"]["accuracy"] == pytest.approx(scores.mean().item())
+
+
+def test_a_look_changes_no_answer(tiny, samples, evaluation):
+    """Nor how many tokens a layer works on, by methods over a look and by those that take none."""
+    over = evaluate(*tiny, samples, OVER_A_LOOK, batch_size=6)
+    fresh = evaluate(*tiny, samples, METHODS + OVER_A_LOOK, batch_size=6, fresh=True)
+    for given, expected in zip(evaluation.answers + over.answers, fresh.answers, strict=True):
+        assert given == expected
+
+
+def test_each_image_is_looked_at_once(tiny, samples, monkeypatch):
+    """Once for each prune layer, and encoded once for all of them and for whole prompts."""
+    model, processor = tiny
+    looks, encoded = [], []
+    look, encode = type(model).look, type(model.model).encode_visual
+
+    def noted_look(self, input_ids, *args, **kwargs):
+        looks.append((kwargs["prune_layer"], len(input_ids)))
+        return look(self, input_ids, *args, **kwargs)
+
+    def noted_encode(self, kind, **inputs):
+        encoded.append(len(inputs["image_grid_thw"]))
+        return encode(self, kind, **inputs)
+
+    monkeypatch.setattr(type(model), "look", noted_look)
+    monkeypatch.setattr(type(model.model), "encode_visual", noted_encode)
+    methods = [Method(), OwnPruning(), *OVER_A_LOOK, FastV(ratio=0.111)]
+    evaluate(model, processor, samples, methods, batch_size=6)
+    layer = model.config.glimpse_layer
+    assert sorted(looks) == [(0, 2), (layer, 2)]
+    assert encoded == ([2] if ENCODES_FIRST else [])
+    looks.clear()
+    evaluate(model, processor, samples, methods, batch_size=6, fresh=True)
+    assert not looks and encoded == ([2, 6] if ENCODES_FIRST else [])
+
+
+def test_questions_about_an_image_follow_one_another(samples):
+    shuffled = [samples[index] for index in (4, 0, 5, 1, 2, 3)]
+    pages = [[sample.path for sample in batch] for batch in batches(shuffled, 4)]
+    flat = sum(pages, [])
+    assert len(set(flat)) == 1 + sum(a != b for a, b in zip(flat, flat[1:], strict=False)) == 2
+
+
+def test_both_ways_are_measured(tiny, samples):
+    result = compare(*tiny, samples, [Method(), OwnPruning()], batch_size=6)
+    assert result["equal answers"] == result["answers"] == 2 * QUESTIONS
+    for name, seconds in result["seconds"].items():
+        assert seconds == sum(result["seconds by batch"][name]) > 0

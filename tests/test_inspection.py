@@ -13,7 +13,7 @@ from conversion.convert_stage1 import main as convert_stage1
 from glimpseprune.cli import main
 from glimpseprune.hub.inspection import inspect_repository
 from glimpseprune.hub.shards import ConversionError
-from glimpseprune.loading import TINY_MODEL
+from glimpseprune.package_files import TINY_EARLY, TINY_MODEL
 
 GLIMPSE, BASE = "model-glimpse.safetensors", "base-00001-of-00001.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -213,10 +213,17 @@ def test_glimpse_only_repository(published, tmp_path):
     assert inspect_repository(tmp_path / "out").pickles == ("new_modules.bin",)
 
 
+def test_a_glimpse_that_is_read_ahead(capsys):
+    report = inspect_repository(TINY_EARLY)
+    assert (report.prune_layer, report.base, report.base_included) == (0, "../tiny", False)
+    assert main(["inspect", str(TINY_EARLY)]) == 0
+    assert "prune layer P      0" in capsys.readouterr().out
+
+
 def test_command(published, tmp_path, capsys):
     assert main(["inspect", str(published)]) == 0
     printed = capsys.readouterr().out
-    assert "glimpse layer K    1 of 0..5" in printed
+    assert "glimpse layer K    1 of 0..5" in printed and "prune layer P      K" in printed
     assert "base               org/base at v1" in printed
     assert "sound: 8.3 MB in 2 file(s)" in printed
     assert main(["inspect", str(tmp_path)]) == 2

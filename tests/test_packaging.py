@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from glimpseprune.loading import REPOSITORY
-from glimpseprune.package_files import TINY_MODEL, find_recipe, recipe_names
+from glimpseprune.package_files import TINY_EARLY, TINY_MODEL, find_recipe, recipe_names
 
 # Runs a command, and sees to it that all code of ours comes out of one folder.
 COMMAND = """
@@ -105,11 +105,12 @@ def pages(installed, place) -> Path:
 
 def test_a_wheel_holds_the_files_that_the_commands_need(installed):
     package = installed / "glimpseprune"
-    originals = {path.name: path for path in TINY_MODEL.iterdir() if path.is_file()}
-    copies = {path.name: path for path in (package / "hub_configs" / "tiny").glob("*.*")}
-    assert copies.keys() == originals.keys()
-    for name, copy in copies.items():
-        assert not copy.is_symlink() and copy.read_bytes() == originals[name].read_bytes()
+    for folder in (TINY_MODEL, TINY_EARLY):
+        originals = {path.name: path for path in folder.iterdir() if path.is_file()}
+        copies = {path.name: path for path in (package / "hub_configs" / folder.name).glob("*.*")}
+        assert copies.keys() == originals.keys()
+        for name, copy in copies.items():
+            assert not copy.is_symlink() and copy.read_bytes() == originals[name].read_bytes()
     recipes = {path.name for path in (package / "recipes").iterdir()}
     assert recipes == {path.name for path in (REPOSITORY / "recipes").iterdir()}
     for home in (REPOSITORY / "conversion", REPOSITORY / "glimpseprune" / "harness"):

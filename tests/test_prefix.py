@@ -125,6 +125,7 @@ def assert_unchanged(prefix: GlimpsePrefix, before: dict[str, torch.Tensor]) -> 
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.feature("prefixes: look once, ask often")
 @pytest.mark.parametrize("prune_layer", [GLIMPSE_LAYER, 1, 0])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", PROMPTS)
@@ -150,6 +151,7 @@ def test_a_question_over_a_prefix_equals_the_whole_prompt(
     assert_unchanged(prefix, before)
 
 
+@pytest.mark.feature("prefixes: look once, ask often")
 @pytest.mark.parametrize("prune_layer", [GLIMPSE_LAYER, 1])
 @torch.no_grad()
 def test_random_prompts_over_prefixes(build_models, build_batch, prune_layer):
@@ -175,6 +177,7 @@ def test_random_prompts_over_prefixes(build_models, build_batch, prune_layer):
     assert asked >= 4
 
 
+@pytest.mark.feature("prefixes: look once, ask often")
 @pytest.mark.parametrize("prune_layer", [GLIMPSE_LAYER, 1])
 @torch.no_grad()
 def test_questions_of_different_length_share_one_row(make_model, build_batch, prune_layer):

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ PAGE = [[3, (3, 4), 1, (2, 2), 1]]
 EARLY = [GLIMPSE_LAYER, 1]
 
 
+@pytest.mark.feature("prefixes: look once, ask often")
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}]
@@ -56,6 +58,7 @@ def test_either_name_of_the_cache(make_model, build_batch, name):
     assert_same_records(record, model.glimpse(**row))
 
 
+@pytest.mark.feature("prefixes: look once, ask often")
 @torch.no_grad()
 def test_drafts_over_a_prefix_change_nothing(make_model, build_batch):
     """Prompt look-up; the drafter of transformers 4 wants an end of text."""
@@ -84,6 +87,7 @@ def test_beams_share_the_callers_mask(make_model, build_batch):
 ONE_OF_TWO = [[2, (3, 4), 2, (2, 3), 3], [2, (3, 4), 1, (1, 3), 4]]
 
 
+@pytest.mark.feature("growing prefixes")
 @torch.no_grad()
 @pytest.mark.parametrize("prune_layer", EARLY)
 @pytest.mark.parametrize("rows", [1, 2])
@@ -101,6 +105,7 @@ def length_of(build_batch, parts: list) -> int:
     return build_batch([parts]).inputs["input_ids"].shape[1]
 
 
+@pytest.mark.feature("growing prefixes")
 @torch.no_grad()
 @pytest.mark.parametrize("prune_layer", EARLY)
 @pytest.mark.parametrize("rows", [1, 2])
@@ -125,6 +130,7 @@ def test_a_prefix_grows(make_model, build_batch, prune_layer, rows):
         assert_equals_fresh(over, fresh)
 
 
+@pytest.mark.feature("growing prefixes")
 @torch.no_grad()
 @pytest.mark.parametrize("prune_layer", EARLY)
 def test_a_prefix_may_begin_behind_a_turn_that_is_pruned(make_model, build_batch, prune_layer):
@@ -143,6 +149,7 @@ def test_a_prefix_may_begin_behind_a_turn_that_is_pruned(make_model, build_batch
     assert_same_caches(cache_of(start), before, atol=0)
 
 
+@pytest.mark.feature("old images for a new question")
 @torch.no_grad()
 def test_looking_again_in_a_conversation(make_model, build_batch):
     """The prefix answers a later question as the whole conversation without its cache does."""
@@ -209,6 +216,7 @@ def test_attentions_over_a_prefix(build_models, build_batch):
         assert_near(ours, whole[:, :, past:], ATOL)
 
 
+@pytest.mark.feature("training over a prefix")
 def test_labels_behind_the_question(make_model, build_batch):
     """A training forward over a prefix repeats the loss of whole prompts."""
     model, rows = make_model(1), asked(build_batch(PAGE), 1)
@@ -223,6 +231,7 @@ def test_labels_behind_the_question(make_model, build_batch):
     assert_near(over, fresh, 1e-5)
 
 
+@pytest.mark.feature("training over a prefix")
 @pytest.mark.parametrize("soft", [False, True])
 def test_gradients_reach_through_a_look(build_models, build_batch, soft):
     """Two questions over one differentiable look have the gradients of two whole prompts."""
@@ -258,6 +267,7 @@ def test_gradients_reach_through_a_look(build_models, build_batch, soft):
         assert_near(gradients[1][name] / largest, expected / largest, 1e-5)
 
 
+@pytest.mark.feature("threads")
 @torch.no_grad()
 def test_threads_share_a_prefix(make_model, build_batch):
     model, rows = make_model(1), asked(build_batch(PAGE), 8)
@@ -282,6 +292,7 @@ def test_threads_share_a_prefix(make_model, build_batch):
     assert_unchanged(prefix, before)
 
 
+@pytest.mark.feature("errors half way")
 @torch.no_grad()
 def test_an_error_half_way_leaves_the_prefix_as_it_was(make_model, build_batch, monkeypatch):
     model, (row,) = make_model(1), asked(build_batch(PAGE), 1)
@@ -297,6 +308,7 @@ def test_an_error_half_way_leaves_the_prefix_as_it_was(make_model, build_batch, 
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), expected)
 
 
+@pytest.mark.feature("prefixes: look once, ask often")
 @torch.no_grad()
 def test_rows_in_another_arrangement(make_model, build_batch):
     model = make_model(1)
@@ -328,6 +340,7 @@ def test_copies_share_their_tensors(make_model, build_batch):
     )
 
 
+@pytest.mark.feature("stored prefixes")
 @torch.no_grad()
 def test_a_prefix_is_stored_and_read(make_model, build_batch, tmp_path):
     model, batch = make_model(1), build_batch([[2, (2, 3), 1, (3, 1), 3], [5, (2, 2), 2]])
@@ -383,13 +396,14 @@ class TestBadInput:
         other.glimpse(**row, **given_cache(prefix))  # the same weights
         other.model.language_model.layers[0].self_attn.q_proj.weight.data.mul_(1.01)
         with pytest.raises(ValueError, match="another model, or by this one with other weights"):
-            other.generate(**row, **given_cache(prefix))
+            other.generate(**row, **given_cache(prefix), max_new_tokens=2)
 
     def test_no_cache_wanted(self, over):
         model, row, prefix = over
-        for call in (model.generate, model):
+        inputs = without_pixels(row) | given_cache(prefix)
+        for call in (partial(model.generate, max_new_tokens=2), model):
             with pytest.raises(ValueError, match="use_cache=False cannot be combined"):
-                call(**without_pixels(row), **given_cache(prefix), use_cache=False)
+                call(**inputs, use_cache=False)
 
     def test_too_many_rows(self, over, build_batch):
         model, row, prefix = over
@@ -413,14 +427,14 @@ class TestBadInput:
     def test_another_prune_layer(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="made for prune_layer 1, not 2"):
-            model.generate(**row, **given_cache(prefix), prune_layer=2)
+            model.generate(**row, **given_cache(prefix), prune_layer=2, max_new_tokens=2)
 
     def test_a_mask_that_does_not_fit(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="visual_keep_mask must have shape"):
-            model.generate(
-                **row, **given_cache(prefix), visual_keep_mask=torch.ones(3, dtype=torch.bool)
-            )
+            mask = torch.ones(3, dtype=torch.bool)
+            inputs = row | given_cache(prefix)
+            model.generate(**inputs, visual_keep_mask=mask, max_new_tokens=2)
 
     def test_writing(self, over):
         _, _, prefix = over
@@ -436,7 +450,7 @@ class TestBadInput:
     def test_chunks(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="prefill_chunk_size"):
-            model.generate(**row, **given_cache(prefix), prefill_chunk_size=2)
+            model.generate(**row, **given_cache(prefix), prefill_chunk_size=2, max_new_tokens=2)
 
     def test_a_look_at_nothing(self, over, build_batch):
         model, row, prefix = over

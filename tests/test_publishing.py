@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from conversion.convert_stage1 import main as convert_stage1
 from conversion.merge_adapter import merge
 from conversion.model_card import ModelCard, render_card
-from conversion.repository import without_places
+from conversion.repository import is_glimpse, without_places
 from glimpseprune.families import QWEN2_5_VL
 from glimpseprune.hub import folders
 from glimpseprune.hub.folders import place_file
@@ -340,6 +340,24 @@ def test_saving_a_loaded_repository_makes_it_whole(written, tmp_path, monkeypatc
     assert set(read_shard_names(tmp_path / "saved")) == set(wanted)
 
 
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_base_may_be_trained_and_lie_beside(relative, tmp_path):
+    """Its own glimpse lies in the same file, of other values and of another size."""
+    base, output = tmp_path / "whole", tmp_path / "glimpse"
+    shutil.copytree(TINY_MODEL, base)
+    tensors = load_file(base / "model.safetensors")
+    wanted = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name in filter(is_glimpse, tensors):
+        tensors[name] = torch.zeros(*tensors[name].shape, 3)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    given = ["--base", str(base), "--base-name", "../whole" if relative else str(base)]
+    arguments = ["--run", str(TINY_MODEL), "--output", str(output), "--glimpse-only", "--no-verify"]
+    assert convert_stage1([*arguments, *given]) == 0
+    state = load_model(output).state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
 def read_shard_names(folder: Path) -> list[str]:
     return [name for shard in find_shards(folder) for name in shard.tensors]
 
@@ -368,8 +386,9 @@ def test_glimpse_only_needs_a_base_to_name(written, tmp_path, capsys):
     assert convert_stage1(arguments) == 1
     assert "give its Hub id as --base-name" in capsys.readouterr().err
     here = [*arguments, "--base", str(written[BASE_NAME]), "--no-verify"]
-    assert convert_stage1([*here, "--push-to-hub", "org/x"]) == 1
-    assert "give its Hub id as --base-name" in capsys.readouterr().err
+    for more in ([], ["--base-name", "../tiny"]):
+        assert convert_stage1([*here, *more, "--push-to-hub", "org/x"]) == 1
+        assert "give its Hub id as --base-name" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -412,7 +431,9 @@ def test_card_takes_measurements():
     card = render_card(ModelCard(measurements=results), config, {"license": "apache-2.0"})
     row = json.loads(results.read_text())["results"]["pruned"]["all"]
     figures = f"{row['accuracy']:.4f} | {row['retention']:.4f} | {row['questions']}"
-    assert f"| pruned | {figures} |" in card
+    assert f"| pruned | {figures} |" in card and "prune layer P" not in card
+    early = render_card(ModelCard(), config | {"prune_layer": 0}, {})
+    assert "| prune layer P (tokens are dropped there, the glimpse is read ahead) | 0 |" in early
     with pytest.raises(ConversionError, match="is not what `glimpseprune evaluate --output`"):
         render_card(ModelCard(measurements=TINY_MODEL / "config.json"), config, {})
 

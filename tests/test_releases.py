@@ -1,6 +1,9 @@
-"""The releases of transformers that are admitted are those that are tested."""
+"""The releases of transformers that are admitted are those that are tested, with each other too."""
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +19,35 @@ tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
 TESTS = Path(__file__).parent
 PROJECT = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
 SCRIPT = (TESTS.parent / "scripts" / "test.sh").read_text()
+OVERLAYS = TESTS.parent / ".venv"  # where scripts/test.sh puts older releases
+WRITER = TESTS / "release_writer.py"
+READER = """
+import json, sys, numpy, torch, transformers
+from pathlib import Path
+auto_class = ("AutoModelForImageTextToText" if transformers.__version__.startswith("5")
+              else "AutoModelForVision2Seq")
+picture = numpy.zeros((40, 30, 3), numpy.uint8)
+for folder in sys.argv[1:]:
+    expected = json.loads(Path(folder, "expected.json").read_text())
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model, report = getattr(transformers, auto_class).from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True)
+    for loaded in (model, processor):
+        assert type(loaded).__module__.startswith("transformers_modules"), type(loaded)
+    assert "glimpseprune" not in sys.modules and "modeling_glimpseprune" not in sys.modules
+    assert not report["missing_keys"] and not report["unexpected_keys"], (folder, report)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.arange(10, 30)[None]).logits
+    # sums of a few dozen float32 products of order one, in another order
+    torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=1e-4, atol=1e-4)
+    for prompt, ids in expected["ids"].items():
+        images = [picture] if expected["image_token"] in prompt else None
+        inputs = processor(text=[prompt], images=images, return_tensors="pt")
+        found = inputs["input_ids"][0].tolist()
+        assert found == ids, (folder, transformers.__version__, prompt, found, ids)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+print(transformers.__version__, len(sys.argv) - 1)
+"""
 
 
 def test_the_range_begins_with_the_oldest_tested_releases():
@@ -50,3 +82,57 @@ def test_a_deprecated_argument_is_an_error_wherever_it_is_told():
     with warnings.catch_warnings(record=True) as told:
         warnings.warn_explicit("it goes", FutureWarning, "a_file.py", 1, "some.library")
     assert len(told) == 1
+
+
+def run_on(overlay: Path | None, folder: Path, *arguments: object) -> subprocess.Popen:
+    """A process with an older release in front of the newest; None is the newest alone."""
+    ours = [str(TESTS.parent), str(TESTS)] if WRITER in arguments else []
+    paths = [str(overlay)] * (overlay is not None) + ours
+    settings = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes: dict[str, subprocess.Popen]) -> dict[str, str]:
+    """What each printed; all must have gone well."""
+    outputs = {name: process.communicate() for name, process in processes.items()}
+    for name, process in processes.items():
+        assert process.returncode == 0, f"{name}: {outputs[name][1][-3000:]}"
+    return {name: out for name, (out, _) in outputs.items()}
+
+
+def test_what_any_release_writes_loads_on_every_release(tmp_path):
+    """Conversions and trained models of all families, on the releases that scripts/test.sh made."""
+    overlays = {"newest": None}
+    for path in sorted(OVERLAYS.glob("transformers-*")):
+        if re.fullmatch(r"transformers-[\d.]+", path.name):
+            overlays[path.name] = path
+    places = {name: tmp_path / name for name in overlays}
+    for place in places.values():
+        (place / "written").mkdir(parents=True)
+    finish(
+        {
+            name: run_on(overlay, places[name], WRITER, places[name] / "written")
+            for name, overlay in overlays.items()
+        }
+    )
+    written = sorted(path.parent for path in tmp_path.glob("*/written/*/expected.json"))
+    assert len(written) == 6 * len(overlays)
+    read = finish(
+        {
+            name: run_on(overlay, places[name], "-c", READER, *written)
+            for name, overlay in overlays.items()
+        }
+    )
+    releases = {out.split()[0] for out in read.values()}
+    assert len(releases) == len(overlays), f"some releases are the same: {read}"

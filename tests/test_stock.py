@@ -39,6 +39,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image, make_flat_list_of_images
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.models.auto import tokenization_auto
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -968,6 +969,17 @@ def test_helpers_of_images():
     assert len(make_flat_list_of_images([pixels, pixels])) == 2
     assert select_best_resolution((40, 20), PINPOINTS) == (2 * TILE, TILE)
     assert load_image(Image.new("L", (5, 4))).mode == "RGB"
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 believes every base")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bases_whose_tokenizer_class_is_ignored(name):
+    family = FAMILIES[name].family
+    ignored = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    assert (family.base_model_type in ignored) == family.tokenizer_as_filed, (
+        f"{installed()}: say in families.py whether a {name} base's tokenizer.json counts alone"
+    )
+    assert family.config_class.model_type not in ignored
 
 
 def test_llava_next_counts_the_tokens_of_a_grid():

@@ -6,6 +6,7 @@ With `prune=False` bit for bit, and with every visual token kept up to rounding;
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from stock_comparison import (
     pair_of,
 )
 from test_invariants import assert_near
+from transformers import DynamicCache, StaticCache
 
 from modeling_glimpseprune.stock import ENCODES_FIRST, TRANSFORMERS_5, cache_of, given_cache
 
@@ -102,6 +104,12 @@ def test_a_call_returns_what_the_stock_models_does(
 
 
 OF_THE_HEAD = {
+    "labels of nothing": {
+        "labels": lambda inputs: torch.full_like(inputs["input_ids"], -100),
+        "use_cache": lambda inputs: False,  # rows that end apart come without a cache
+    },
+    "every logit": {"logits_to_keep": lambda inputs: inputs["input_ids"].shape[1]},
+    "more logits than there are": {"logits_to_keep": lambda inputs: 1000},
     "labels": {"labels": labels_of},
     "labels and a count": {
         "labels": labels_of,
@@ -329,7 +337,10 @@ def test_no_mask_and_no_positions(shared_models, family, mode, part):
 @torch.no_grad()
 def test_positions_are_the_callers(pair):
     positions = pair.inputs["attention_mask"].cumsum(-1) + 2
-    compare(lambda model, settings: model(**pair.inputs, position_ids=positions, **settings), pair)
+    compare(
+        lambda model, settings: model(**pair.inputs, position_ids=positions, **settings).logits,
+        pair,
+    )
 
 
 @torch.no_grad()
@@ -355,6 +366,23 @@ def test_rows_of_a_batch_are_rows_alone(pair, batch):
         alone = pair.pruned(**row, **settings).logits[0]
         found = together[i, pair.real[i]]
         assert_near(found, alone, 1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_several_sequences(shared_models, family, mode):
+    """Positions start again where a sequence does."""
+    batch = batch_of(family, rows=1)
+    pair = pair_of(shared_models(5), mode, batch)
+    inputs = without(batch.inputs, "attention_mask")
+    length = inputs["input_ids"].shape[1]
+    positions = torch.cat([torch.arange(length - 3), torch.arange(3)])[None]
+    if pair.pruned.model.positions_from_ids:
+        positions = positions.expand(4, 1, -1)
+    compare(
+        lambda model, settings: model(**inputs, position_ids=positions, **settings).logits,
+        pair,
+        "packed rows",
+    )
 
 
 # Encoded visuals.
@@ -388,30 +416,42 @@ def test_encoders_return_what_the_stock_ones_do(shared_models, batch, part, name
         compare(question, pair)
 
 
+def encoded_by(model, inputs: dict, **more) -> dict:
+    """Of the class that the model's encoders return."""
+    return {
+        kind: getattr(model, f"get_{kind}_features")(**values, **more)
+        for kind, values in visuals_of(inputs).items()
+    }
+
+
 @pytest.mark.skipif(not ENCODES_FIRST, reason="visuals come as pixels alone")
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
 def test_encoded_visuals_stand_for_pixels(pair, part):
-    """Of the class that the stock encoders return."""
-    visuals = visuals_of(pair.inputs)
-
-    def encoded(**more):
-        return {
-            kind: getattr(pair.stock, f"get_{kind}_features")(**inputs, **more)
-            for kind, inputs in visuals.items()
-        }
-
     inputs = {name: pair.inputs[name] for name in pair.inputs if "pixel" not in name}
-    compare(
-        lambda model, settings: model(**inputs, mm_encoder_outputs=encoded(), **settings),
-        pair.parts[part],
-        refusal="foreign encodings",
-    )
-    compare(
-        lambda model, settings: model(**pair.inputs, mm_encoder_outputs=encoded(), **settings),
-        pair.parts[part],
-        raises=ValueError,
-    )
+
+    def question(model, settings, encoder, inputs=inputs):
+        encoded = encoded_by(encoder or model, pair.inputs)
+        return model(**inputs, mm_encoder_outputs=encoded, **settings)
+
+    pair = pair.parts[part]
+    compare(partial(question, encoder=None), pair)
+    compare(partial(question, encoder=pair.stock), pair, "foreign encodings")
+    compare(partial(question, encoder=None, inputs=pair.inputs), pair, raises=ValueError)
+
+
+@pytest.mark.skipif(not ENCODES_FIRST, reason="visuals come as pixels alone")
+@pytest.mark.parametrize("beams", [1, 2])
+def test_answers_from_encoded_visuals(pair, beams):
+    inputs = {name: pair.inputs[name] for name in pair.inputs if "pixel" not in name}
+    wishes = {"max_new_tokens": 2, "do_sample": False, "num_beams": beams}
+
+    def question(model, settings, encoder):
+        encoded = encoded_by(encoder or model, pair.inputs)
+        return model.generate(**inputs, mm_encoder_outputs=encoded, **wishes, **settings)
+
+    compare(partial(question, encoder=None), pair)
+    compare(partial(question, encoder=pair.stock), pair, "foreign encodings")
 
 
 # Gradients.
@@ -449,6 +489,15 @@ def test_gradients(build_models, batch, mode, name):
         if name == "reentrant":
             model.enable_input_require_grads()
     compare(lambda model, settings: gradients_of(model, batch.inputs, settings), pair)
+
+
+def test_training_without_labels(build_models, batch, mode):
+    pair = pair_of(build_models(5), mode, batch)
+
+    def question(model, settings):
+        return model.train()(**batch.inputs, **settings).logits
+
+    compare(question, pair, "no boundary")
 
 
 def test_dropout_draws_the_same(family, batch):
@@ -522,6 +571,18 @@ def test_a_cache_goes_on(even_pair, tokens):
         return logits, cache
 
     compare(question, even_pair)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_an_empty_cache_of_the_callers(pair, make):
+    def question(model, settings):
+        sizes = {"max_cache_len": 80} if make is StaticCache else {}
+        cache = make(config=model.config.get_text_config(), **sizes)
+        output = model(**pair.inputs, use_cache=True, **given_cache(cache), **settings)
+        return output.logits, int(cache.get_seq_length())
+
+    compare(question, pair, "made static cache" if make is StaticCache else None)
 
 
 CHANGES = {

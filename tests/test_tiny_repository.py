@@ -1,4 +1,4 @@
-"""The repository `hub_configs/tiny`: complete, small, and loadable as users load it."""
+"""`hub_configs/tiny` and `tiny_early`: complete, small, and loadable as users load them."""
 
 import json
 import os
@@ -11,9 +11,11 @@ import pytest
 import transformers
 
 from glimpseprune.hub.remote_code import code_files, with_code
-from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
+from glimpseprune.package_files import SAMPLE_PAGE, TINY_EARLY, TINY_MODEL
 
-CONFIG = TINY_MODEL / "config.json"
+FOLDERS = pytest.mark.parametrize(
+    "folder", [TINY_MODEL, TINY_EARLY], ids=lambda folder: folder.name
+)
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 FRESH_PROCESS = """
 import json, sys
@@ -39,17 +41,25 @@ print(json.dumps({
     "model": type(model).__module__, "processor": type(processor).__module__,
     "own_package": "modeling_glimpseprune" in sys.modules or "glimpseprune" in sys.modules,
     "kept": record.kept, "total": record.total, "answer": answer,
+    "prune_layer": record.prune_layer,
     "pipeline": spoken[0]["generated_text"]}))
 """
 
 
-def test_code_files_are_links_and_complete():
-    code = {path.name: path for path in code_files(json.loads(CONFIG.read_text()))}
-    links = {path.name: path for path in TINY_MODEL.glob("*.py")}
+@FOLDERS
+def test_code_files_are_links_and_complete(folder):
+    config = json.loads((folder / "config.json").read_text())
+    code = {path.name: path for path in code_files(config)}
+    links = {path.name: path for path in folder.glob("*.py")}
     assert links.keys() == code.keys()
     for name, link in links.items():
         assert link.is_symlink() and link.resolve() == code[name].resolve()
-    assert with_code(TINY_MODEL) == TINY_MODEL
+    assert with_code(folder) == folder
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "processor_config.json"])
+def test_both_read_prompts_alike(name):
+    assert (TINY_EARLY / name).read_bytes() == (TINY_MODEL / name).read_bytes()
 
 
 def test_a_folder_without_its_code_is_completed_once(tmp_path, monkeypatch):
@@ -82,9 +92,9 @@ def test_a_copy_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         with_code(tmp_path / "tiny")
 
 
-def test_repository_is_at_most_twelve_megabytes():
-    size = sum(path.stat().st_size for path in TINY_MODEL.iterdir() if path.suffix != ".py")
-    assert size <= 12_000_000
+@pytest.mark.parametrize(("folder", "limit"), [(TINY_MODEL, 12_000_000), (TINY_EARLY, 1_000_000)])
+def test_repositories_are_small(folder, limit):
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".py") <= limit
 
 
 def auto_model_names() -> list[str]:
@@ -92,13 +102,20 @@ def auto_model_names() -> list[str]:
     return ["AutoModelForImageTextToText", other]
 
 
-@pytest.mark.parametrize("auto_model", auto_model_names())
-def test_loads_and_answers_in_a_fresh_process(auto_model, tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "auto_model", "prune_layer"),
+    [
+        *((TINY_MODEL, name, 1) for name in auto_model_names()),
+        (TINY_EARLY, "AutoModelForImageTextToText", 0),
+    ],
+    ids=lambda value: value.name if isinstance(value, Path) else str(value),
+)
+def test_loads_and_answers_in_a_fresh_process(folder, auto_model, prune_layer, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     site = str(Path(transformers.__file__).parents[1])
     environment |= {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")}
     completed = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, TINY_MODEL, SAMPLE_PAGE, auto_model],
+        [sys.executable, "-c", FRESH_PROCESS, folder, SAMPLE_PAGE, auto_model],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -110,5 +127,5 @@ def test_loads_and_answers_in_a_fresh_process(auto_model, tmp_path):
     assert found["model"].startswith("transformers_modules")
     assert found["processor"].startswith("transformers_modules")
     assert not found["own_package"]
-    assert 0 < found["kept"] < found["total"]
+    assert 0 < found["kept"] < found["total"] and found["prune_layer"] == prune_layer
     assert found["answer"] == found["pipeline"] != ""

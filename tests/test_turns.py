@@ -336,3 +336,53 @@ def test_compiled_decoding_equals_hidden(build_models, build_batch):
     output = generate(model, batch.inputs, visual_keep_mask=keep)
     torch.compiler.reset()
     assert_equals_reference(models, batch, output, batch.split(keep))
+
+
+OTHERS = {
+    "an image elsewhere": ([[3, (3, 4), 4]], [[5, (3, 4), 20]]),
+    "an image where it holds text": ([[40]], [[3, (3, 4), 30]]),
+    "text where it holds an image": ([[3, (3, 4), 4]], [[60]]),
+    "an image, and a shorter prompt": ([[3, (3, 4), 12]], [[4, (2, 2), 2]]),
+    "rows of a batch": ([[9, (2, 3), 4], [2, (2, 3), 4]], [[8, (2, 3), 30], [2, (2, 3), 30]]),
+}
+
+
+@pytest.mark.feature("a cache of another prompt")
+@pytest.mark.parametrize("settings", [{"max_keep_ratio": 0.5}, {"prune": False}], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_a_cache_of_another_prompt_is_refused(shared_models, build_batch, name, settings):
+    """Its visuals would count as those of the ids; nothing else tells that they are not."""
+    model = shared_models(30).pruned
+    held, other = (build_batch(prompts, seed) for seed, prompts in enumerate(OTHERS[name]))
+    start = generate(model, held.inputs, 3, **settings)
+    whole = dict(held.inputs) | {"use_cache": True}
+    for cache in (cache_of(start), cache_of(model.model(**whole, **settings))):
+        with pytest.raises(ValueError, match="the cache holds another prompt"):
+            generate(model, other.inputs | given_cache(cache), 3, **settings)
+
+
+@pytest.mark.feature("later turns of text")
+@pytest.mark.parametrize("settings", [{"max_keep_ratio": 0.5}, {"prune": False}], ids=str)
+@torch.no_grad()
+def test_rows_of_a_cache_may_be_moved_between_turns(shared_models, build_batch, settings):
+    """Repeated, selected and reordered: what they hold is still their prompts."""
+    model = shared_models(30).pruned
+    if "prune" in settings and model.model.positions_from_ids:
+        pytest.skip("the stock model counts on from the rows that it ran last")
+    first, second = build_batch([[3, (2, 3), 4], [9, (1, 2), 5]]), build_batch([[4], [4]], 1)
+    start = generate(model, first.inputs, 3, **settings)
+    inputs = follow(first, second, start, second)
+    name, cache = next((k, v) for k, v in inputs.items() if isinstance(v, Cache))
+    expected = generate(model, inputs | {name: copy.deepcopy(cache)}, 4, **settings)
+    for rows in ([1, 0], [1], [0, 0, 1, 1]):
+        moved, index = copy.deepcopy(cache), torch.tensor(rows)
+        moved.batch_select_indices(index)
+        picked = {key: each[index] for key, each in inputs.items() if key != name}
+        output = generate(model, picked | {name: moved}, 4, **settings)
+        assert torch.equal(output.sequences, expected.sequences[index])
+        ids = torch.nn.functional.pad(output.sequences, (0, 2), value=7)
+        said = ids.shape[1] - inputs["attention_mask"].shape[1]
+        mask = torch.nn.functional.pad(picked["attention_mask"], (0, said), value=1)
+        again = {"input_ids": ids, "attention_mask": mask, name: cache_of(output)}
+        assert generate(model, again, 2, **settings).sequences.shape[1] == ids.shape[1] + 2

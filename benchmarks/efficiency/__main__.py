@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.efficiency.measurement import CLOCKS
 from benchmarks.efficiency.page import write_page
 from benchmarks.efficiency.points import Centre, measure_all
 from benchmarks.efficiency.workload import REAL, SCALED
@@ -31,10 +32,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only-page", action="store_true", help="write the page from results that are there"
     )
+    parser.add_argument(
+        "--early", type=Path, help="results whose points below P = K the page shows"
+    )
     parser.add_argument("--geometry", choices=(*REAL, SCALED), default=SCALED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--attention", default="sdpa", help="attn_implementation of both")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="processor: seconds of this process alone, which other work on the machine disturbs "
+        "less (for one thread and no GPU)",
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--visual-tokens", type=int, nargs="+", default=[2600, 500, 1000])
     parser.add_argument("--retention", type=float, nargs="+", default=[0.04, 0.1, 0.25, 0.5])
@@ -62,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
                 arguments.attention,
                 arguments.text_tokens,
                 arguments.repetitions,
+                arguments.clock,
             ),
             {
                 "visual_tokens": arguments.visual_tokens,
@@ -75,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         ):
             write_json(results, content | {"points": points})
     if arguments.page:
-        write_page(read_json(results), arguments.page)
+        early = read_json(arguments.early) if arguments.early else None
+        write_page(read_json(results), arguments.page, early)
     return 0
 
 
@@ -93,7 +106,7 @@ def measured_before(results: Path, content: dict) -> list[dict]:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, object]:
-    chosen = ("geometry", "dtype", "attention", "text_tokens")
+    chosen = ("geometry", "dtype", "attention", "text_tokens", "clock")
     return {name: getattr(arguments, name) for name in chosen}
 
 

@@ -12,27 +12,32 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 from transformers import StoppingCriteria
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 STAGES = ("vision", "decoder up to P", "decoder above P", "predictor", "head")
 
 
 class StepClock(StoppingCriteria):
     """Notes the time at which each token of a generation is there.
 
+    Args:
+        clock: returns seconds.
+
     Attributes:
         seconds: from the start to the first token, then of each decode step.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.clock = device, clock
         self.seconds: list[float] = []
         synchronise(device)
-        self.last = time.perf_counter()
+        self.last = clock()
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         synchronise(self.device)
-        now = time.perf_counter()
+        now = self.clock()
         self.seconds.append(now - self.last)
         self.last = now
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -53,17 +58,19 @@ def in_turns(calls: dict[str, Callable], repetitions: int) -> dict[str, list]:
 
 
 @contextmanager
-def clocked_module(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+def clocked_module(
+    module: nn.Module, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[list[float]]:
     """The seconds of each call of a module inside the context."""
     seconds: list[float] = []
 
     def start(*args) -> None:
         synchronise(device)
-        seconds.append(-time.perf_counter())
+        seconds.append(-clock())
 
     def stop(*args) -> None:
         synchronise(device)
-        seconds[-1] += time.perf_counter()
+        seconds[-1] += clock()
 
     handles = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
     try:
@@ -155,33 +162,32 @@ def _flash_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 CPU_KERNEL = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops}
 
 
+class _StageCounter(TorchDispatchMode):
+    """Adds what torch's counter counts to the stage of the innermost module that runs."""
+
+    def __init__(self, counter: FlopCounterMode, prune_layer: int):
+        super().__init__()
+        self.counter, self.prune_layer = counter, prune_layer
+        self.tracker = ModuleTracker()
+        self.stages = dict.fromkeys(STAGES, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = self.counter.get_total_flops()
+        output = function(*args, **(kwargs or {}))
+        if added := self.counter.get_total_flops() - before:
+            innermost = max(self.tracker.parents, key=lambda name: name.count("."))
+            self.stages[_stage(innermost, self.prune_layer)] += added
+        return output
+
+
 @torch.no_grad()
 def flops_by_stage(call: Callable, prune_layer: int) -> dict[str, int]:
     """Counted operations of a call by stage (`STAGES`), attention without its causal half."""
     with FlopCounterMode(display=False, custom_mapping=CPU_KERNEL) as counter:
-        call()
-    stages = dict.fromkeys(STAGES, 0)
-    for name, counts in _leaves(counter.get_flop_counts()).items():
-        stages[_stage(name, prune_layer)] += sum(counts.values())
-    return stages
-
-
-def _leaves(counts: dict[str, dict]) -> dict[str, dict]:
-    """Counts by module, each module's own alone."""
-    own = {name: dict(of_module) for name, of_module in counts.items() if name != "Global"}
-    for name, of_module in counts.items():
-        parent = name.rpartition(".")[0]
-        while parent and parent not in own:
-            parent = parent.rpartition(".")[0]
-        if parent:
-            for operation, count in of_module.items():
-                own[parent][operation] -= count
-    rest = dict(counts.get("Global", {}))
-    for name, of_module in counts.items():
-        if name != "Global" and "." not in name:
-            for operation, count in of_module.items():
-                rest[operation] = rest.get(operation, 0) - count
-    return own | {"": rest}
+        by_stage = _StageCounter(counter, prune_layer)
+        with by_stage.tracker, by_stage:
+            call()
+    return by_stage.stages
 
 
 def _stage(name: str, prune_layer: int) -> str:

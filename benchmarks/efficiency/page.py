@@ -62,42 +62,51 @@ LAW_LAYERS, LAW_RETENTION = (9, 14, 18, 23), (0.03, 0.04, 0.1, 0.25, 0.5)
 PAPER_PROMPT, PAPER_KEPT, TEXT = 5074, 202, 60
 
 
-def write_page(results: dict, page: Path) -> None:
-    """Write the page, and a plot a sweep beside it."""
+def write_page(results: dict, page: Path, early: dict | None = None) -> None:
+    """Write the page, and a plot a sweep beside it.
+
+    Args:
+        results: content of a results file.
+        early: of another one, whose points below P = K are shown in place of these.
+    """
     points = results["points"]
     centre = points[0]
     sections = [
-        _introduction(results),
+        _introduction(results, early is not None),
         "## The centre\n\n" + _centre(centre),
         "## Sweeps\n\n" + _sweeps(points, page),
         "## Where the time goes\n\n" + _profiles(centre["profiles"]),
         "## The law of the prefill's cost\n\n" + _law(),
-        "## Dropping early, looking ahead\n\n" + _early_law() + _early_times(points),
+        "## Dropping early, looking ahead\n\n" + _early_law() + _early_times(early or results),
     ]
     if not str(results["machine"].get("device", "")).startswith("NVIDIA"):
         sections.append("## On a GPU\n\n" + ON_A_GPU)
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _introduction(results: dict) -> str:
-    machine, settings = results["machine"], results["settings"]
-    described = ", ".join(f"{name}: {value}" for name, value in (machine | settings).items())
+def _introduction(results: dict, with_early: bool) -> str:
     repetitions = sorted({point["repetitions"] for point in results["points"]})
     unpruned = sorted(point["ratios"]["unpruned first token"] for point in results["points"])
+    early = " and points below P = K out of another file (`--early FILE`)" if with_early else ""
     return f"""# Efficiency
 
 Written by `python -m benchmarks.efficiency --output benchmarks/results --page docs/efficiency.md`
-with the sweeps `{_flags(results["points"])}`.
+with the sweeps `{_flags(results["points"])}`{early}.
 Pruned and stock model share weights (random) and attention implementation, run in turns in one
 process, and compute the logits of the last position only. Ratios are pruned over stock, medians of
 ratios of calls that followed one another. Retention is the kept share of the visual tokens after
 layer P, and is forced. Peak memory on a CPU follows the tensors that operations return
 (`LiveBytes`); what kernels need inside themselves is not in it.
 
-{described}; repetitions: {" or ".join(map(str, repetitions))} (the JSON says which).
+{_described(results)}; repetitions: {" or ".join(map(str, repetitions))} (the JSON says which).
 
 How far to trust a ratio of times: `prune=False` runs the stock computations (the same operations by
 count), and its ratios range from {unpruned[0]:.2f} to {unpruned[-1]:.2f}."""
+
+
+def _described(results: dict) -> str:
+    described = results["machine"] | results["settings"]
+    return ", ".join(f"{name}: {value}" for name, value in described.items())
 
 
 def _flags(points: list[dict]) -> str:
@@ -281,8 +290,9 @@ With the vision encoder, which stays, P = 5 and 200 kept come to {with_vision:.3
 Where it loses:
 
 - Short prompts. The look-ahead runs K - P layers once more over a few tokens. Their operations are
-  next to nothing, but each layer's weights are read for them: below about 500 visual tokens that
-  is latency which the shorter prefill hardly pays back. Leave `prune_layer` out there.
+  next to nothing, but each layer's weights are read for them, which costs a share of the prefill
+  that grows as prompts get shorter. On a CPU it still pays at 500 visual tokens (below); on a GPU,
+  where so short a prefill waits for the weights, it may not, and was not measured.
 - No grouped queries. Keys and values of a visual token then cost as much as its queries (a sixth of
   a layer for LLaVA-1.5 against a seventieth for Qwen2.5-VL-7B), so looking ahead over many layers
   costs more than it spares close to K.
@@ -292,9 +302,9 @@ Where it loses:
   `glimpseprune calibrate` measures both."""
 
 
-def _early_times(points: list[dict]) -> str:
+def _early_times(results: dict) -> str:
     """What was measured below P = K, a row a prompt length and prune layer."""
-    early = [each for each in points if each["point"]["sweep"] == "prune_layer"]
+    early = [each for each in results["points"] if "first token, P = K" in each["ratios"]]
     if not early:
         return ""
     names = ("first token", "first token without vision", "peak memory", "decoder operations")
@@ -308,14 +318,22 @@ def _early_times(points: list[dict]) -> str:
         cells = [f"{ratios[name]:.3f} ({ratios[f'{name}, P = K']:.3f})" for name in names]
         layer = each["point"]["prune_layer"]
         rows.append(f"| {each['visual']} | {layer} | " + " | ".join(cells) + " |")
-    layers, point = early[0]["layers"], early[0]["point"]
+    layers, point, repetitions = (early[0][name] for name in ("layers", "point", "repetitions"))
+    clock = results["settings"].get("clock", "wall")
+    flags = f"--clock {clock} --repetitions {repetitions} {_flags(results['points'])}"
+    own = " Seconds are those of this process alone on the processor." if clock != "wall" else ""
+    unpruned = sorted(each["ratios"]["unpruned first token"] for each in early)
     return f"""
 
-Measured in the run of the sweeps above, K = {point["glimpse_layer"]} of {layers}, \
-{point["retention"]:.0%} kept. A cell is the ratio to stock, and in
+Measured, K = {point["glimpse_layer"]} of {layers}, {point["retention"]:.0%} kept, \
+{repetitions} repetitions. A cell is the ratio to stock, and in
 brackets that with P = K, whose calls were taken in turns with the others:
 
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}
+
+`prune=False` came to {unpruned[0]:.2f} to {unpruned[-1]:.2f} of stock there. Measured with
+`python -m benchmarks.efficiency --output FOLDER {flags}`;
+{_described(results)}.{own}"""
 
 
 def _of_another_model(

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from benchmarks.efficiency.measurement import (
+    CLOCKS,
     StepClock,
     cache_bytes,
     clocked_module,
@@ -29,7 +30,7 @@ PROFILED = 8  # operations listed
 
 @dataclass(frozen=True)
 class Centre:
-    """What all points share."""
+    """What all points share; `clock` is one of `CLOCKS`."""
 
     geometry: str
     device: torch.device
@@ -37,6 +38,7 @@ class Centre:
     attention: str
     text_tokens: int
     repetitions: int
+    clock: str = "wall"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def measure(centre: Centre, point: Point, pair: Pair) -> dict:
         name: pair.stock if name in ("stock", "equal cache") else pair.pruned for name in runs
     }
     clocked = in_turns(
-        {name: _clocked(run, models[name], point.new_tokens) for name, run in runs.items()},
+        {
+            name: _clocked(run, models[name], point.new_tokens, CLOCKS[centre.clock])
+            for name, run in runs.items()
+        },
         centre.repetitions,
     )
     first = {name: [steps[0] for _, steps in runs] for name, runs in clocked.items()}
@@ -267,15 +272,15 @@ def _decoding(pair: Pair, prompt: Prompt, settings: dict) -> Callable:
 
 
 def _clocked(
-    run: Callable, model: PreTrainedModel, tokens: int
+    run: Callable, model: PreTrainedModel, tokens: int, seconds: Callable[[], float]
 ) -> Callable[[], tuple[float, list[float]]]:
     """A generation that returns the seconds of its vision encoder, and those of each token."""
     backbone = model.model
     encoder = backbone.visual if hasattr(backbone, "visual") else backbone.vision_tower
 
     def call() -> tuple[float, list[float]]:
-        with clocked_module(encoder, model.device) as vision:
-            clock = StepClock(model.device)
+        with clocked_module(encoder, model.device, seconds) as vision:
+            clock = StepClock(model.device, seconds)
             run(tokens, stopping_criteria=[clock])
         return sum(vision), clock.seconds
 

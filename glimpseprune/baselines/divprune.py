@@ -17,8 +17,10 @@ from .scorer import Scorer
 class DivPrune(Scorer):
     """Scores fall in the order in which tokens are chosen; the others have 0."""
 
+    reads_embeddings = True
+
     def scores(self, prompt: PromptTokens) -> torch.Tensor:
-        scores = torch.zeros(len(prompt), device=prompt.embeddings.device)
+        scores = torch.zeros(len(prompt.embeddings), device=prompt.embeddings.device)
         chosen = most_diverse(prompt.embeddings, prompt.budget)
         scores[chosen] = torch.arange(len(chosen), 0, -1, device=scores.device).float()
         return scores

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import Cache
 
 from ..sample import Sample
@@ -111,6 +111,10 @@ class Method:
         """
         return 0
 
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        """P of a look that it can be asked over, or None where it needs whole prompts."""
+        return config.glimpse_layer if config.prune_layer is None else config.prune_layer
+
     @property
     def drops_inside_glimpse_layer(self) -> bool:
         """Whether tokens go between the glimpse layer's attention and its MLP."""
@@ -154,6 +158,9 @@ class OwnPruning(Method):
             "prune_layer": self.prune_layer,
         }
         yield Application({name: value for name, value in settings.items() if value is not None})
+
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return super().look_layer(config) if self.prune_layer is None else self.prune_layer
 
     @property
     def drops_inside_glimpse_layer(self) -> bool:

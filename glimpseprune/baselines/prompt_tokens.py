@@ -1,5 +1,6 @@
 """The visual tokens of one prompt, as a scoring rule sees them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class PromptTokens:
     """What is known of a prompt's n visual tokens before the decoder runs.
 
     Attributes:
-        embeddings: `(n, hidden)`, as the decoder takes them.
+        embeddings: `(n, hidden)`, as the decoder takes them; None over a look.
         geometry: `(n, 6)` frame, row and column of each token, then its image's frames, height and
             width in tokens.
         evidence: `(n,)` bool, True where the data set's boxes lie.
@@ -24,14 +25,14 @@ class PromptTokens:
         budget: tokens that may be kept.
     """
 
-    embeddings: torch.Tensor
+    embeddings: torch.Tensor | None
     geometry: torch.Tensor
     evidence: torch.Tensor
     number: int
     budget: int
 
     def __len__(self) -> int:
-        return len(self.embeddings)
+        return len(self.geometry)
 
 
 def budget_of(visual: int, ratio: float | None) -> int:
@@ -50,12 +51,14 @@ def prompts_of(
 
     Args:
         request: what the backbone asks of the decoder.
-        inputs_embeds: `(batch, length, hidden)`.
+        inputs_embeds: `(batch, length, hidden)`, of the tokens that a look does not hold.
         samples: the questions, one a row.
     """
     tokens = request.tokens
     counts = torch.bincount(tokens.rows, minlength=len(samples)).tolist()
-    embeddings = inputs_embeds[tokens.rows, tokens.columns].split(counts)
+    embeddings: Sequence[torch.Tensor | None] = [None] * len(samples)
+    if request.held is None:
+        embeddings = inputs_embeds[tokens.rows, tokens.columns].split(counts)
     grids: list[list[tuple[int, int]]] = [[] for _ in samples]
     for row, (_, height, width) in zip(
         tokens.item_rows.tolist(), tokens.grids.tolist(), strict=True

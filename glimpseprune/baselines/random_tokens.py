@@ -25,4 +25,4 @@ class RandomTokens(Scorer):
     def scores(self, prompt: PromptTokens) -> torch.Tensor:
         generator = np.random.default_rng([self.seed, prompt.number])
         ranks = torch.from_numpy(generator.permutation(len(prompt)))
-        return ranks.float().to(prompt.embeddings.device)
+        return ranks.float().to(prompt.geometry.device)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from .layer_masks import last_token_read, prefill_begun
 from .method import Application, Method
@@ -34,6 +35,9 @@ class RawLastToken(Method):
             prefill_begun(model, lambda request, inputs_embeds: requests.append(request)),
         ):
             yield Application({"visual_keep_mask": batch.everything})
+
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return None
 
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return sizes.query_row(prompt)
@@ -71,6 +75,9 @@ class RawGlimpseToken(Method):
                 yield Application(options | {"min_keep_tokens": 1})
         finally:
             handle.remove()
+
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return None
 
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return sizes.query_row(prompt)

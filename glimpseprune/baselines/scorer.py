@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from modeling_glimpseprune.prune_request import PruneRequest
 
@@ -16,7 +17,13 @@ from .prompt_tokens import PromptTokens, prompts_of
 
 
 class Scorer(ABC):
-    """A rule that scores the visual tokens of one prompt."""
+    """A rule that scores the visual tokens of one prompt.
+
+    Attributes:
+        reads_embeddings: whether it needs the tokens' embeddings, which a look does not hold.
+    """
+
+    reads_embeddings = False
 
     @abstractmethod
     def scores(self, prompt: PromptTokens) -> torch.Tensor:
@@ -67,6 +74,9 @@ class Scored(Method):
         """The method at work, with these options of `generate`."""
         return Application(options)
 
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return None
+
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return self.scorer.flops(sizes, visual)
 
@@ -77,6 +87,9 @@ class AtGlimpseLayer(Scored):
 
     def drop(self, request: PruneRequest, keep: torch.Tensor) -> None:
         request.visual_keep_mask = keep
+
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return None if self.scorer.reads_embeddings else Method.look_layer(self, config)
 
     @property
     def drops_inside_glimpse_layer(self) -> bool:

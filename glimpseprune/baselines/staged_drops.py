@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from .layer_masks import LayerMasks, last_token_read, masked_layers, prefill_begun
 from .method import Application, Method
@@ -50,6 +51,9 @@ class StagedDrops(Method):
             prefill_begun(model, begin),
         ):
             yield Application({"visual_keep_mask": batch.everything}, masks)
+
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return None
 
     def scoring_flops(self, sizes: ModelSizes, visual: int, prompt: int) -> int:
         return len(self.stages(sizes.layers)) * sizes.query_row(prompt)

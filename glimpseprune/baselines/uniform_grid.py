@@ -16,7 +16,7 @@ class UniformGrid(Scorer):
     """
 
     def scores(self, prompt: PromptTokens) -> torch.Tensor:
-        scores = torch.zeros(len(prompt), device=prompt.embeddings.device)
+        scores = torch.zeros(len(prompt), device=prompt.geometry.device)
         starts = (prompt.geometry[:, 1:3].sum(1) == 0).nonzero()[:, 0].tolist()
         ends = [*starts[1:], len(prompt)]
         for start, end in zip(starts, ends, strict=True):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from modeling_glimpseprune.modeling_qwen2_5_vl import window_order
@@ -58,6 +58,9 @@ class VisionZip(Method):
 
         with _encoder_read(model, reading), prefill_begun(model, begin):
             yield Application({"visual_keep_mask": batch.everything}, last_full_layer=-1)
+
+    def look_layer(self, config: PretrainedConfig) -> int | None:
+        return None
 
     @property
     def looks_into_encoder(self) -> bool:

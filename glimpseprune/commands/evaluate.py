@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the pages and the random masks")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="ask by whole prompts, instead of looking at each image of a batch once",
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write the results to")
 
 
@@ -31,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples = read_samples(
         arguments.data, arguments.image_folder, arguments.questions, arguments.seed
     )
-    methods = _methods(arguments.seed)
+    methods = evaluated_methods(arguments.seed)
     evaluation = evaluate(
         model,
         processor,
@@ -39,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         list(methods.values()),
         arguments.batch_size,
         arguments.max_new_tokens,
+        fresh=arguments.fresh,
     )
     results = {}
     for name, answers in zip(methods, evaluation.answers, strict=True):
@@ -52,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _methods(seed: int) -> dict:
+def evaluated_methods(seed: int) -> dict:
+    """The methods by their names; `seed` is of the random mask."""
     from ..baselines.method import Method, OwnPruning
     from ..baselines.random_tokens import RandomTokens
     from ..baselines.scorer import AtGlimpseLayer

@@ -32,6 +32,7 @@ def describe(report) -> dict[str, str]:
     lines = {
         "family": report.family,
         "glimpse layer K": f"{report.glimpse_layer} of 0..{report.num_layers - 1}",
+        "prune layer P": "K" if report.prune_layer is None else str(report.prune_layer),
         "predictor": f"{report.predictor_parameters:,} parameters, "
         f"{report.predictor_bytes / 1e6:.1f} MB",
         "glimpse weights": f"{report.glimpse_parameters:,} parameters, {report.glimpse_dtype}, "

@@ -1,5 +1,6 @@
 """`lmms-eval --model glimpseprune`: a chat model that prunes, and says for each sample how much."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,10 +12,16 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ..loading import load_model
-from .measured_generation import Cost, generate_measured
+from ..loading import load_model, prompt_tokens
+from .measured_generation import Cost, LookedPrompts, generate_measured
 
-AGGREGATED = ("retention", "visual_tokens", "kept_visual_tokens", "seconds_to_first_token")
+AGGREGATED = (
+    "retention",
+    "visual_tokens",
+    "kept_visual_tokens",
+    "seconds_to_first_token",
+    "seconds_of_look",
+)
 
 
 @dataclass
@@ -41,6 +48,8 @@ class GlimpsePrune(lmms):
         dtype: as `from_pretrained` takes it.
         max_new_tokens: where a task does not say.
         system_prompt: put in front of every conversation.
+        by_image: ask requests about one image together, over one look at it. It reads every image
+            once more, to tell which are the same.
     """
 
     is_simple = False
@@ -58,6 +67,7 @@ class GlimpsePrune(lmms):
         max_new_tokens: int = 128,
         system_prompt: str | None = None,
         max_batch_size: int | None = None,
+        by_image: bool = True,
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
@@ -77,13 +87,17 @@ class GlimpsePrune(lmms):
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
         self.system_prompt = system_prompt
+        self.by_image = by_image and prune
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device if self._world_size > 1 else self.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer requests in batches of equal generation settings, in the order given."""
+        """Answer requests in batches of equal generation settings; answers are in the order given.
+
+        Requests about one image follow one another.
+        """
         results: list[GenerationResult | None] = [None] * len(requests)
         costs, seconds = {}, 0.0
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding")
@@ -115,31 +129,56 @@ class GlimpsePrune(lmms):
             settings = sorted(request.args[2].items(), key=lambda item: item[0])
             groups.setdefault(repr(settings), []).append(index)
         for indices in groups.values():
+            if self.by_image:
+                first_seen: dict[str, int] = {}
+                pages = [_images_hash(self._media(requests[index])) for index in indices]
+                places = [first_seen.setdefault(page, len(first_seen)) for page in pages]
+                indices = [index for _, index in sorted(zip(places, indices, strict=True))]
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
 
     def _answer(self, requests: list[Instance]) -> tuple[list[str], list[Cost]]:
         conversations = [self._conversation(request) for request in requests]
-        media = [conversation.extract_media() for conversation in conversations]
-        if any(videos or audios for _, videos, audios in media):
-            raise NotImplementedError("the glimpseprune model of lmms-eval takes images only")
+        images = [_images_of(conversation) for conversation in conversations]
         texts = [
             self.processor.apply_chat_template(
                 conversation.to_hf_messages(), tokenize=False, add_generation_prompt=True
             )
             for conversation in conversations
         ]
-        images = [image for of_prompt, _, _ in media for image in of_prompt]
-        inputs = self.processor(
-            images=images or None, text=texts, padding=True, return_tensors="pt"
-        ).to(self.model.device)
+        different, begins_with = list(range(len(texts))), None
+        if self.by_image and all(images):
+            token = self.processor.image_token
+            begins = [
+                (text.rpartition(token)[0], _images_hash(of_prompt))
+                for text, of_prompt in zip(texts, images, strict=True)
+            ]
+            begins_with = [list(dict.fromkeys(begins)).index(each) for each in begins]
+            different = [begins.index(each) for each in dict.fromkeys(begins)]
+        flat = [image for row in different for image in images[row]]
+        shown = [texts[row] for row in different]
+        inputs = self.processor(images=flat or None, text=shown, padding=True, return_tensors="pt")
+        looked = None
+        if len(different) < len(texts):
+            layouts = iter(self.processor.image_layouts(inputs))
+            taken = [[next(layouts).placeholders for _ in images[row]] for row in different]
+            tokens = prompt_tokens(self.processor, texts, [taken[row] for row in begins_with])
+            looked = LookedPrompts(tokens, begins_with)
         asked = requests[0].args[2]
         answers, costs = generate_measured(
-            self.model, self.processor, inputs, **self.settings, **self._options(asked)
+            self.model,
+            self.processor,
+            inputs.to(self.model.device),
+            looked,
+            **self.settings,
+            **self._options(asked),
         )
         stops = asked.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         return [_cut(answer, stops) for answer in answers], costs
+
+    def _media(self, request: Instance) -> list:
+        return _images_of(self._conversation(request))
 
     def _conversation(self, request: Instance) -> ChatMessages:
         _, doc_to_messages, _, doc_id, task, split = request.args
@@ -183,6 +222,23 @@ class GlimpsePrune(lmms):
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics=averages,
         )
+
+
+def _images_of(conversation: ChatMessages) -> list:
+    images, videos, audios = conversation.extract_media()
+    if videos or audios:
+        raise NotImplementedError("the glimpseprune model of lmms-eval takes images only")
+    return images
+
+
+def _images_hash(images: list) -> str:
+    """Tells the images of a prompt; what is named by its path is told by that."""
+    digest = hashlib.sha256()
+    for image in images:
+        named = isinstance(image, str)
+        digest.update(repr(image if named else (image.mode, image.size)).encode())
+        digest.update(b"" if named else image.tobytes())
+    return digest.hexdigest()
 
 
 def _seconds(cost: Cost) -> float:

@@ -4,9 +4,15 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers import (
+    BatchEncoding,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from modeling_glimpseprune.stock import cache_of
+from modeling_glimpseprune.stock import cache_of, given_cache
 
 from ..evaluation import retention_by_row
 
@@ -21,6 +27,7 @@ class Cost:
         retention: their ratio; 1 without visual tokens.
         output_tokens: tokens of the answer.
         seconds_to_first_token: from the call to the first token of the batch.
+        seconds_of_look: of those, for looks at the batch's images; 0 where it was asked afresh.
         tokens_per_second: of this answer, after its first token; 0 for answers of one token.
     """
 
@@ -31,9 +38,23 @@ class Cost:
     output_tokens: int
     seconds_to_first_token: float
     tokens_per_second: float
+    seconds_of_look: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+@dataclass
+class LookedPrompts:
+    """Whole prompts some of which begin with the same images and words.
+
+    Attributes:
+        tokens: ids and mask of all of them, as the tokenizer made them.
+        begins_with: for each of them, which of the prompts looked at it begins with.
+    """
+
+    tokens: BatchEncoding
+    begins_with: list[int]
 
 
 class _Clock(LogitsProcessor):
@@ -55,12 +76,18 @@ class _Clock(LogitsProcessor):
 
 @torch.inference_mode()
 def generate_measured(
-    model: PreTrainedModel, processor: ProcessorMixin, inputs: dict, **options: object
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    inputs: dict,
+    looked: LookedPrompts | None = None,
+    **options: object,
 ) -> tuple[list[str], list[Cost]]:
     """Answer left-padded prompts.
 
     Args:
         inputs: what the processor made.
+        looked: how many prompts begin alike, to be looked at once (see `LookedPrompts`); `inputs`
+            are of one prompt each of those then.
         options: of `generate`.
 
     Returns:
@@ -68,6 +95,13 @@ def generate_measured(
     """
     counts = model.model.visual_counts(**inputs)
     clock = _Clock(model.device)
+    seconds_of_look = 0.0
+    if looked is not None:
+        prefix = model.look(**inputs).select_rows(looked.begins_with)
+        counts = [counts[row] for row in looked.begins_with]
+        tokens = looked.tokens.to(model.device)
+        inputs = prefix.prompts(tokens["input_ids"], tokens["attention_mask"]) | given_cache(prefix)
+        seconds_of_look = clock.now() - clock.times[0]
     generated = model.generate(
         **inputs,
         **options,
@@ -94,6 +128,7 @@ def generate_measured(
                 length,
                 clock.times[1] - clock.times[0],
                 (length - 1) / seconds if length > 1 else 0.0,
+                seconds_of_look,
             )
         )
     return processor.batch_decode(completions, skip_special_tokens=True), costs

@@ -49,6 +49,7 @@ class Report:
     Attributes:
         family: `model_type` of its stock base.
         glimpse_layer, num_layers: K and the decoder's layers.
+        prune_layer: P; None is K.
         predictor_parameters, predictor_bytes: size of the visual importance predictor.
         glimpse_parameters: of everything GlimpsePrune adds, the predictor included.
         prune_threshold, max_keep_ratio, min_keep_tokens: the policy.
@@ -64,6 +65,7 @@ class Report:
 
     family: str
     glimpse_layer: int
+    prune_layer: int | None
     num_layers: int
     predictor_parameters: int
     predictor_bytes: int
@@ -264,6 +266,7 @@ def _report(
     return Report(
         family=family.base_model_type,
         glimpse_layer=config.glimpse_layer,
+        prune_layer=config.prune_layer,
         num_layers=config.get_text_config().num_hidden_layers,
         predictor_parameters=sum(math.prod(entry["shape"]) for entry in predictor),
         predictor_bytes=sum(_bytes(entry) for entry in predictor),

@@ -1,11 +1,9 @@
 """Loading what stage 1 starts from: a stock model, or a GlimpsePrune repository to go on with."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import logging as transformers_logging
 
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
 from modeling_glimpseprune.glimpse_fields import GLIMPSE_FIELDS
@@ -13,6 +11,8 @@ from modeling_glimpseprune.low_rank import LowRankAddition
 from modeling_glimpseprune.stock import mismatched_names
 
 from ..families import Family, family_of
+from ..loading import errors_only
+from ..tokenizer_files import read_as_filed
 
 RANKS = ("glimpse_lora_rank", "stale_rank")  # may become positive where they are 0
 
@@ -49,7 +49,7 @@ def load_for_training(
     stock = content["model_type"] == family.base_model_type
     glimpse_fields = dict(glimpse_fields or {})
     config = _config(source, family, content, glimpse_fields, stock)
-    with _errors_only():
+    with errors_only():
         model, loading = family.model_class.from_pretrained(
             source,
             config=config,
@@ -60,6 +60,8 @@ def load_for_training(
         )
         # Its parts would ask whether to run the repository's code, which is here already.
         processor = family.processor_class.from_pretrained(source, trust_remote_code=False)
+        if family.tokenizer_as_filed:
+            processor.tokenizer = read_as_filed(source)
     _check_loading(source, loading, (GLIMPSE_PREFIX,) if stock else ())
     if not stock:
         _change_fields(model, glimpse_fields)
@@ -144,14 +146,3 @@ def _check_loading(source: str, loading: dict, may_miss: tuple[str, ...]) -> Non
     ]
     if sentences:
         raise ValueError(f"the weights of {source} do not fit; {'; '.join(sentences)}")
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Keep transformers from warning that the glimpse weights are new."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

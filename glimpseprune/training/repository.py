@@ -37,14 +37,15 @@ def write_repository(
         ValueError: when `output` exists and is not an empty folder.
     """
     model.to(dtype)
-    auto_map = family_of(model.config.to_dict(), "the model").auto_map
+    family = family_of(model.config.to_dict(), "the model")
+    auto_map = family.auto_map
     type(model.config).register_for_auto_class("AutoConfig")
     type(model).register_for_auto_class("AutoModelForImageTextToText")
     type(processor).register_for_auto_class("AutoProcessor")
     with vacant_sibling(output) as folder:
         model.save_pretrained(folder, **UNDER_OWN_NAMES)
         processor.save_pretrained(folder)
-        make_processor_portable(folder)
+        make_processor_portable(folder, family.tokenizer_as_filed)
         edit_json(folder / "config.json", portable_config)
         _with_auto_map(folder / "config.json", auto_map)
         for name in PROCESSOR_FILES:

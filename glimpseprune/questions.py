@@ -1,0 +1,112 @@
+"""Questions made ready for the model: as whole prompts, or over looks at their images."""
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from modeling_glimpseprune.stock import ENCODES_FIRST, given_cache
+from modeling_glimpseprune.visual_features import VisualFeatures
+
+from .baselines.method import PreparedBatch
+from .loading import prepare, prompt_texts, prompt_tokens
+from .sample import Sample
+
+
+class Questions:
+    """Some questions, all with an image or all without, made ready in each way asked for, once.
+
+    Each different image is encoded once, and looked at once for each prune layer.
+
+    Args:
+        samples: the questions; those about one image hold the same image object.
+        by_image: False takes every question's image for another one.
+
+    Attributes:
+        seconds: that encoder and looks took so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        samples: Sequence[Sample],
+        by_image: bool = True,
+    ):
+        self.model, self.processor, self.samples = model, processor, list(samples)
+        self.seconds = 0.0
+        self._ready: dict[int | None, PreparedBatch] = {}
+        images = [id(sample.image) if by_image else row for row, sample in enumerate(samples)]
+        number = {image: index for index, image in enumerate(dict.fromkeys(images))}
+        self._image_of_row = [number[image] for image in images]
+        self._first = [images.index(image) for image in number]
+
+    def ready(self, look_layer: int | None = None) -> PreparedBatch:
+        """The questions as `generate` takes them.
+
+        Args:
+            look_layer: P of the looks to ask over, or None for whole prompts.
+        """
+        if look_layer not in self._ready:
+            make = self._whole if look_layer is None else self._looked
+            self._ready[look_layer] = make() if look_layer is None else make(look_layer)
+        return self._ready[look_layer]
+
+    def _whole(self) -> PreparedBatch:
+        images = [sample.image for sample in self.samples]
+        with_images = images[0] is not None
+        inputs = self._prepare(self.samples).to(self.model.device)
+        counts, encoded = self.model.model.visual_counts(**inputs), inputs
+        if with_images and ENCODES_FIRST:
+            encoded = _with_features(self.model, inputs, self._features.select(self._image_of_row))
+        return PreparedBatch(self.samples, inputs, counts, encoded)
+
+    def _looked(self, look_layer: int) -> PreparedBatch:
+        inputs = self._different.to(self.model.device)
+        counts = self.model.model.visual_counts(**inputs)
+        if ENCODES_FIRST:
+            inputs = _with_features(self.model, inputs, self._features)
+        start = time.perf_counter()
+        prefix = self.model.look(**inputs, prune_layer=look_layer)
+        self.seconds += time.perf_counter() - start
+        prefix = prefix.select_rows(self._image_of_row)
+        tokens = self._tokens().to(self.model.device)
+        prompts = prefix.prompts(tokens["input_ids"], tokens["attention_mask"])
+        prompts |= given_cache(prefix)
+        counts = [counts[image] for image in self._image_of_row]
+        return PreparedBatch(self.samples, prompts, counts, prompts)
+
+    @cached_property
+    def _different(self) -> dict:
+        """Whole prompts, one for each different image."""
+        return self._prepare([self.samples[place] for place in self._first])
+
+    @cached_property
+    def _features(self) -> VisualFeatures:
+        inputs = self._different.to(self.model.device)
+        start = time.perf_counter()
+        names = self.model.model.visual_inputs["image"]
+        taken = {name: inputs[name] for name in names if name in inputs}
+        features = self.model.model.encode_visual("image", **taken)
+        self.seconds += time.perf_counter() - start
+        return features
+
+    def _prepare(self, samples: Sequence[Sample]) -> dict:
+        images = [sample.image for sample in samples]
+        questions = [sample.question for sample in samples]
+        return prepare(self.processor, images if images[0] is not None else None, questions)
+
+    def _tokens(self) -> dict:
+        """Ids of every whole prompt, without reading an image again."""
+        layouts = self.processor.image_layouts(self._different)
+        texts = prompt_texts(self.processor, [sample.question for sample in self.samples])
+        placeholders = [[layouts[image].placeholders] for image in self._image_of_row]
+        return prompt_tokens(self.processor, texts, placeholders)
+
+
+def _with_features(model: PreTrainedModel, inputs: dict, features: VisualFeatures) -> dict:
+    """Inputs whose pixels are replaced by what the vision encoder made of them."""
+    pixels = model.model.visual_inputs["image"][0]
+    left = {name: value for name, value in inputs.items() if name != pixels}
+    return left | {"mm_encoder_outputs": {"image": features}}

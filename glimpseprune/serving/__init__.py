@@ -1,0 +1,1 @@
+"""Serving a GlimpsePrune model by transformers' own OpenAI-compatible server."""

@@ -1,0 +1,435 @@
+"""Before the encoder: patches that say nothing new are neither encoded nor decoded.
+
+The slow way encodes whole images while what is left out is hidden in the encoder
+(`encoder_reference.py`), and hides it in every layer of the stock decoder.
+"""
+
+import pytest
+import torch
+from conftest import MERGE, PATCH, TEMPORAL_PATCH, build_batch, build_models
+from encoder_reference import encode_slowly
+from generation_prompts import random_keep
+from reference import allowed_attention, attention_restricted_to, positions
+from test_invariants import assert_near, generate, step_logits, threshold_that_keeps
+from test_prefix import assert_equals_fresh, laid_out
+from test_turns import conversation, follow
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from modeling_glimpseprune.redundant_patches import telling_tokens
+from modeling_glimpseprune.stock import cache_of, given_cache
+from modeling_glimpseprune.visual_features import token_geometry
+
+PROMPTS = {
+    "one image": [[3, (3, 5), 4]],
+    "several images": [[2, (2, 3), 1, (3, 1), 3]],
+    "batch": [[2, (2, 3), 1, (3, 1), 3], [5, (2, 2), 2], [1, (3, 4), 2]],
+    "video": [[2, (2, 2, 3), 4]],
+    "image and video": [[2, (3, 2), 1, (2, 2, 3), 4]],
+}
+K = 2
+KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@pytest.fixture(scope="module", params=[K, 0], ids=["late", "early"])
+def models(request):
+    fields = {"glimpse_layer": K, "prune_layer": request.param}
+    return build_models(3, glimpse=fields, num_layers=4, vision_depth=4, window=2)
+
+
+def some(batch, seed: int = 0, share: float = 0.6) -> torch.Tensor:
+    """A random mask that leaves every frame its first token."""
+    keep = random_keep(batch, seed, share)
+    start = 0
+    for _, _, (frames, height, width) in batch.visuals:
+        for frame in range(frames):
+            keep[start + frame * height * width] = True
+        start += frames * height * width
+    return keep
+
+
+def embedded_slowly(stock, batch, encode: torch.Tensor) -> torch.Tensor:
+    """Embeddings `(batch, length, hidden)` of whole prompts, with images as `encode` lets see."""
+    ids = batch.inputs["input_ids"]
+    embeddings = stock.get_input_embeddings()(ids)
+    masks = {kind: [] for kind in KINDS}
+    grids = {kind: [] for kind in KINDS}
+    sizes = [frames * height * width for _, _, (frames, height, width) in batch.visuals]
+    for (_, kind, grid), mask in zip(batch.visuals, encode.split(sizes), strict=True):
+        masks[kind].append(mask)
+        grids[kind].append(grid)
+    for kind, name in KINDS.items():
+        if grids[kind]:
+            keep = torch.cat(masks[kind])
+            rows = encode_slowly(stock.model.visual, batch.inputs[name], grids[kind], keep, 2)
+            place = ids == getattr(stock.config, f"{kind}_token_id")
+            embeddings = embeddings.masked_scatter(place[..., None], rows)
+    return embeddings
+
+
+def logits_slowly(stock, batch, row: int, encode, keep, layer: int, completion) -> torch.Tensor:
+    """Logits of a completion of one row: what is not encoded is hidden everywhere.
+
+    Args:
+        encode, keep: bool over the row's visual tokens.
+        layer: P, above which dropped tokens are hidden from the prompt too.
+    """
+    prompt = batch.rows[row]
+    ids = torch.cat([prompt["input_ids"], completion[None, :-1]], dim=1)
+    length, prompt_length = ids.shape[1], prompt["input_ids"].shape[1]
+    visual = torch.isin(
+        ids[0], torch.tensor([stock.config.image_token_id, stock.config.video_token_id])
+    )
+    unseen, dropped = (torch.zeros(length, dtype=torch.bool) for _ in range(2))
+    unseen[visual.nonzero()[:, 0]] = ~encode
+    dropped[visual.nonzero()[:, 0]] = ~(keep & encode)
+    masks = []
+    for index in range(stock.config.get_text_config().num_hidden_layers):
+        of_dropped = allowed_attention(dropped, prompt_length, index > layer)
+        masks.append(of_dropped & (~unseen | torch.eye(length, dtype=torch.bool)))
+    whole = embedded_slowly(stock, batch, batch_mask(batch, row, encode))[row]
+    real = batch.inputs["attention_mask"][row].bool()
+    embeddings = torch.cat([whole[real], stock.get_input_embeddings()(completion[:-1])])[None]
+    with attention_restricted_to(stock, masks):
+        return stock(
+            inputs_embeds=embeddings, position_ids=positions(stock, prompt, length)
+        ).logits[0, prompt_length - 1 :]
+
+
+def batch_mask(batch, row: int, of_row: torch.Tensor) -> torch.Tensor:
+    """A mask over the whole batch that is `of_row` in one row."""
+    parts = [torch.ones(count, dtype=torch.bool) for count in batch.visual_counts]
+    parts[row] = of_row
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@torch.no_grad()
+def test_a_part_equals_the_whole_with_the_rest_hidden(models, name):
+    """Embeddings of what is encoded; the stock encoder itself runs over the part alone."""
+    batch = build_batch(PROMPTS[name])
+    for seed in range(3):
+        encode = some(batch, seed)
+        backbone, inputs = models.pruned.model, dict(batch.inputs)
+        choice = backbone.encode_choice({"visual_encode_mask": encode})
+        encoded = backbone._encode(None, inputs, True, choice, inputs["input_ids"])
+        ids = batch.inputs["input_ids"]
+        expected = embedded_slowly(models.stock, batch, encode)
+        for kind, features in encoded.items():
+            place = ids == getattr(models.stock.config, f"{kind}_token_id")
+            found = torch.cat(list(features.pooler_output))
+            seen = torch.cat(
+                [
+                    torch.ones(len(view.places), dtype=torch.bool)
+                    if view.encoded is None
+                    else view.encoded
+                    for (view,) in features.glimpse_views
+                ]
+            )
+            assert_near(found[seen], expected[place][seen])
+            assert not found[~seen].any()
+
+
+@pytest.mark.feature("parts of images encoded")
+@pytest.mark.parametrize("name", PROMPTS)
+@torch.no_grad()
+def test_generation_equals_hidden(models, name):
+    batch, layer = build_batch(PROMPTS[name]), models.pruned.config.prune_layer
+    encode, keep = some(batch), random_keep(batch, 5, 0.6)
+    masks = {"visual_encode_mask": encode, "visual_keep_mask": keep}
+    output = generate(models.pruned, batch.inputs, 4, **masks)
+    record = cache_of(output).glimpse
+    assert torch.equal(record.keep_mask, keep & encode)
+    assert torch.equal(record.encoded, encode)
+    for row, (of_row, kept) in enumerate(zip(batch.split(encode), batch.split(keep), strict=True)):
+        steps = step_logits(output, row)
+        completion = output.sequences[row, -len(steps) :]
+        expected = logits_slowly(models.stock, batch, row, of_row, kept, layer, completion)
+        assert_near(steps, expected)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@torch.no_grad()
+def test_everything_encoded_is_off(models, name):
+    batch = build_batch(PROMPTS[name])
+    everything = torch.ones(batch.num_visual, dtype=torch.bool)
+    off = generate(models.pruned, batch.inputs, 4, max_keep_ratio=0.5)
+    on = generate(models.pruned, batch.inputs, 4, max_keep_ratio=0.5, visual_encode_mask=everything)
+    random_pixels = generate(
+        models.pruned, batch.inputs, 4, max_keep_ratio=0.5, redundant_patches=0
+    )
+    for output in (on, random_pixels):
+        assert torch.equal(output.sequences, off.sequences)
+        assert all(map(torch.equal, output.logits, off.logits))
+        assert cache_of(output).glimpse.encoded is None
+
+
+@pytest.mark.feature("parts of images encoded")
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("name", PROMPTS)
+@torch.no_grad()
+def test_the_glimpse_chooses_among_what_was_encoded(name, windowed):
+    """A batch equals its rows; importance is -inf where nothing was encoded."""
+    fields = {"glimpse_layer": K, "prune_layer": 1, "predictor_windowed": windowed}
+    model = build_models(3, glimpse=fields, num_layers=4, vision_depth=4, window=2).pruned
+    batch = build_batch(PROMPTS[name])
+    encode = some(batch)
+    whole = model.glimpse(**batch.inputs, visual_encode_mask=encode)
+    threshold = threshold_that_keeps(whole.importance[encode], 0.5)
+    settings = {"prune_threshold": threshold}
+    output = generate(model, batch.inputs, 3, visual_encode_mask=encode, **settings)
+    record = cache_of(output).glimpse
+    assert torch.equal(record.importance == float("-inf"), ~encode)
+    assert not record.keep_mask[~encode].any() and record.keep_mask.any()
+    for row, (prompt, of_row) in enumerate(zip(batch.rows, batch.split(encode), strict=True)):
+        alone = generate(model, prompt, 3, visual_encode_mask=of_row, **settings)
+        assert torch.equal(cache_of(alone).glimpse.keep_mask, batch.split(record.keep_mask)[row])
+        assert_near(step_logits(output, row), step_logits(alone, 0))
+    visuals = record.visuals
+    assert torch.equal(torch.cat([visual.encoded for visual in visuals]), encode)
+
+
+@torch.no_grad()
+def test_shares_are_of_all_tokens():
+    """`max_keep_ratio` counts what was left out as dropped."""
+    model = build_models(3, glimpse={"glimpse_layer": 1}).pruned
+    batch = build_batch([[3, (4, 5), 4]])
+    encode = torch.arange(20) % 2 == 0
+    settings = {"visual_encode_mask": encode, "prune_threshold": 0.0}
+    assert model.glimpse(**batch.inputs, **settings).kept == 10
+    assert model.glimpse(**batch.inputs, **settings, max_keep_ratio=0.4).kept == 8
+
+
+@torch.no_grad()
+def test_layers_and_attentions_as_the_caller_sees_the_prompt():
+    model = build_models(
+        3, "eager", glimpse={"glimpse_layer": K, "prune_layer": 1}, num_layers=4
+    ).pruned
+    batch = build_batch(PROMPTS["batch"])
+    encode, keep = some(batch), random_keep(batch, 5, 0.6)
+    masks = {"visual_encode_mask": encode, "visual_keep_mask": keep}
+    outputs = model(**batch.inputs, **masks, output_hidden_states=True, output_attentions=True)
+    shape = batch.inputs["input_ids"].shape
+    visual = torch.isin(batch.inputs["input_ids"], model.model.visual_token_ids)
+    unseen = torch.zeros(shape, dtype=torch.bool).masked_scatter(visual, ~encode)
+    for states in outputs.hidden_states:
+        assert states.shape[:2] == shape and not states[unseen].any()
+    for weights in outputs.attentions:
+        assert weights.shape[2:] == (shape[1], shape[1])
+        assert (
+            not weights.transpose(1, 2)[unseen].any()
+            and not weights.permute(0, 3, 1, 2)[unseen].any()
+        )
+        seen = weights.sum(-1).transpose(1, 2)[batch.inputs["attention_mask"].bool() & ~unseen]
+        assert ((seen - 1).abs() < 1e-5).logical_or(seen == 0).all()
+
+
+@pytest.mark.feature("parts of images encoded")
+@torch.no_grad()
+def test_prefixes_hold_what_was_encoded(models):
+    model, batch = models.pruned, build_batch(PROMPTS["batch"])
+    encode = some(batch)
+    fresh = generate(model, batch.inputs, 3, visual_encode_mask=encode, max_keep_ratio=0.3)
+    prefix = model.look(**batch.inputs, visual_encode_mask=encode)
+    assert prefix.held.states.shape[1] < prefix.get_seq_length()
+    inputs = laid_out(prefix, batch.inputs)
+    over = generate(model, inputs | given_cache(prefix), 3, max_keep_ratio=0.3)
+    assert_equals_fresh(over, fresh)
+
+
+@torch.no_grad()
+def test_a_prefix_and_an_own_image_each_in_part(models, tmp_path):
+    model, batch = (
+        models.pruned,
+        build_batch([[2, (3, 4), 2, (2, 3), 3], [2, (3, 4), 1, (1, 3), 4]]),
+    )
+    encode = some(batch)
+    length = build_batch([[2, (3, 4)]]).inputs["input_ids"].shape[1]
+    first = torch.cat([part[:12] for part in batch.split(encode)])
+    rest = torch.cat([part[12:] for part in batch.split(encode)])
+    fresh = generate(model, batch.inputs, 3, visual_encode_mask=encode, max_keep_ratio=0.3)
+    pixels = {name: each for name, each in batch.inputs.items()}
+    prefix = model.look(**pixels, prefix_length=length, visual_encode_mask=first)
+    prefix.save(tmp_path / "page")
+    for each in (prefix, model.load_prefix(tmp_path / "page")):
+        inputs = batch.inputs | laid_out(each, batch.inputs) | given_cache(each)
+        over = generate(model, inputs, 3, visual_encode_mask=rest, max_keep_ratio=0.3)
+        assert_equals_fresh(over, fresh)
+        longer = model.look(**inputs, visual_encode_mask=rest)
+        inputs = batch.inputs | laid_out(longer, batch.inputs) | given_cache(longer)
+        assert_equals_fresh(generate(model, inputs, 3, max_keep_ratio=0.3), fresh)
+
+
+@pytest.mark.feature("parts of images encoded")
+@torch.no_grad()
+def test_later_turns(models):
+    """A later image in part, behind one in part; text behind both."""
+    model = models.pruned
+    first, second = build_batch([[3, (2, 3), 4]] * 2), build_batch([[1, (2, 2), 3]] * 2, 1)
+    masks = [some(first), some(second, 1)]
+    start = generate(model, first.inputs, 3, visual_encode_mask=masks[0], max_keep_ratio=0.5)
+    kept = cache_of(start).glimpse.keep_mask
+    said = start.sequences[:, first.inputs["input_ids"].shape[1] :]
+    inputs = follow(first, second, start, conversation(first, second, said))
+    later = generate(model, inputs, 3, visual_encode_mask=masks[1], max_keep_ratio=0.5)
+    assert cache_of(later).get_seq_length() == later.sequences.shape[1] - 1
+    # Row by row, the same: each turn's tokens stand where the others' do not reach.
+    for row in range(2):
+        alone = [build_batch([[3, (2, 3), 4]] * 2), build_batch([[1, (2, 2), 3]] * 2, 1)]
+        of_row = [first.split(masks[0])[row], second.split(masks[1])[row]]
+        begun = generate(
+            model, first.rows[row], 3, visual_encode_mask=of_row[0], max_keep_ratio=0.5
+        )
+        assert torch.equal(cache_of(begun).glimpse.keep_mask, first.split(kept)[row])
+        one = [
+            each._replace(inputs=each.rows[row], rows=[each.rows[row]]) for each in (first, second)
+        ]
+        answer = begun.sequences[:, first.rows[row]["input_ids"].shape[1] :]
+        both = conversation(
+            *(each._replace(visual_counts=[each.visual_counts[row]]) for each in one), answer
+        )
+        inputs = follow(*one, begun, both)
+        again = generate(model, inputs, 3, visual_encode_mask=of_row[1], max_keep_ratio=0.5)
+        assert alone and torch.equal(again.sequences[0, -3:], later.sequences[row, -3:])
+        assert_near(step_logits(later, row), step_logits(again, 0))
+
+
+@pytest.mark.feature("parts of images encoded")
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}])
+@torch.no_grad()
+def test_ways_of_generating(models, options):
+    model, batch = models.pruned, build_batch(PROMPTS["batch"])
+    settings = {"visual_encode_mask": some(batch), "max_keep_ratio": 0.3, "max_new_tokens": 3}
+    found = model.generate(**batch.inputs, **settings, **options)
+    for row, encode in enumerate(batch.split(settings["visual_encode_mask"])):
+        alone = model.generate(
+            **batch.rows[row], **(settings | {"visual_encode_mask": encode}), **options
+        )
+        assert torch.equal(found[row, -3:], alone[0, -3:])
+
+
+def test_training_in_place(models):
+    """Stage 1's forward: logits of the completion as if the tokens were not there."""
+    model = build_models(3, glimpse={"glimpse_layer": 1}).pruned
+    batch = build_batch([[2, (2, 3), 4]])
+    encode = torch.tensor([True, False, True, True, False, True])
+    length = batch.inputs["input_ids"].shape[1]
+    arguments = {"prompt_length": length - 2, "visual_encode_mask": encode}
+    found = model(**batch.inputs, **arguments, in_place=True)
+    record = cache_of(found).glimpse
+    scores = model.glimpse(
+        **{
+            name: each[:, : length - 2] if each.shape[-1] == length else each
+            for name, each in batch.inputs.items()
+        },
+        visual_encode_mask=encode,
+    )
+    assert_near(record.importance[encode], scores.importance[encode])
+    assert not record.keep_mask[~encode].any()
+    found.logits[:, -1].sum().backward()
+    assert model.model.glimpse.token.embeddings.grad.abs().max() > 0
+
+
+def pixels_of(images: torch.Tensor) -> torch.Tensor:
+    """`(height, width, 3)` grey levels as the image processor hands them to the encoder."""
+    side = MERGE * PATCH
+    scaled = (images / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
+    tokens = scaled.unfold(0, side, side).unfold(1, side, side)  # rows, columns, 3, side, side
+    parts = tokens.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)
+    patches = parts.permute(0, 1, 3, 4, 2, 5, 6).flatten(0, 3)  # tokens' patches, 3, P, P
+    return patches[:, :, None].expand(-1, -1, TEMPORAL_PATCH, -1, -1).flatten(1)
+
+
+class TestTellingTokens:
+    SIDE = MERGE * PATCH
+
+    def told(self, image: torch.Tensor, tolerance: float) -> torch.Tensor:
+        rows, columns = (size // self.SIDE for size in image.shape[:2])
+        geometry = token_geometry(torch.tensor([[1, rows, columns]]), [rows * columns])
+        return telling_tokens(pixels_of(image), geometry, tolerance).view(rows, columns)
+
+    def page(self, rows: int = 4, columns: int = 5, grey: float = 250.0) -> torch.Tensor:
+        return torch.full((rows * self.SIDE, columns * self.SIDE, 3), grey)
+
+    def test_one_token_stands_for_an_even_page(self):
+        told = self.told(self.page(), 0)
+        assert told[0, 0] and told.sum() == 1
+
+    def test_what_is_written_stays(self):
+        page, side = self.page(), self.SIDE
+        page[2 * side + 1, 3 * side + 2] = 0
+        told = self.told(page, 0)
+        assert told[2, 3] and told[0, 0]
+        assert told.sum() == 2  # what is right of it is as the token above
+
+    def test_noise_needs_a_tolerance(self):
+        noise = torch.randint(-3, 4, self.page().shape, generator=torch.Generator().manual_seed(0))
+        page = self.page(grey=240.0) + noise
+        assert self.told(page, 0).all()
+        assert self.told(page, 16).sum() == 1
+
+    def test_a_slow_gradient_does_not_vanish(self):
+        page = self.page(1, 40) + torch.arange(40 * self.SIDE)[None, :, None] * -0.5
+        # A level reaches over 17 greys, which hold five means that lie 4 apart.
+        assert self.told(page, 16).sum() >= 40 / 5
+
+    def test_colours_differ(self):
+        page, side = self.page(1, 4), self.SIDE
+        page[:, 2 * side :, 2] -= 60
+        assert self.told(page, 16).tolist() == [[True, False, True, False]]
+
+    def test_frames_are_looked_at_one_by_one(self):
+        geometry = token_geometry(torch.tensor([[2, 1, 2]]), [4])
+        pixels = torch.zeros(4 * MERGE**2, 3 * TEMPORAL_PATCH * PATCH**2)
+        assert telling_tokens(pixels, geometry, 0).tolist() == [True, False, True, False]
+
+
+class TestBadInput:
+    @pytest.fixture
+    def asked(self, models):
+        return models.pruned, build_batch([[2, (2, 3), 4]]).inputs
+
+    @pytest.mark.parametrize("tolerance", [-1, 256, float("nan"), "16", True])
+    def test_tolerances(self, asked, tolerance):
+        model, inputs = asked
+        with pytest.raises(ValueError, match="redundant_patches must be None, False, or grey"):
+            model.generate(**inputs, redundant_patches=tolerance, max_new_tokens=2)
+
+    def test_masks(self, asked):
+        model, inputs = asked
+        for mask, sentence in (
+            (torch.ones(5, dtype=torch.bool), r"visual_encode_mask must have shape \(6,\)"),
+            (torch.ones(6), "visual_encode_mask must be a bool tensor"),
+            (torch.zeros(6, dtype=torch.bool), "leaves frame 0 of visual 0 without a token"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                model.generate(**inputs, visual_encode_mask=mask, max_new_tokens=2)
+
+    def test_without_pruning(self, asked):
+        model, inputs = asked
+        with pytest.raises(ValueError, match="pixels of a prompt that is pruned"):
+            model.generate(**inputs, redundant_patches=0, prune=False, max_new_tokens=2)
+
+    def test_a_prefix_is_encoded_already(self, asked):
+        model, inputs = asked
+        prefix = given_cache(model.look(**inputs))
+        with pytest.raises(ValueError, match="visuals behind the prefix, and there are none"):
+            model.generate(**inputs, **prefix, redundant_patches=0, max_new_tokens=2)
+
+    @pytest.mark.parametrize("family", ["llava", "llava_next"])
+    def test_other_families(self, family):
+        model = build_models(family=family).pruned
+        inputs = build_batch([[2, (2, 3), 4]], family=family).inputs
+        with pytest.raises(ValueError, match="takes whole images only"):
+            model.generate(**inputs, redundant_patches=0, max_new_tokens=2)
+        model.config.redundant_patches = 0
+        with pytest.raises(ValueError, match="takes whole images only"):
+            model.generate(**inputs, max_new_tokens=2)
+
+    def test_a_prompt_that_ends_unseen(self, models):
+        inputs = build_batch([[2, (2, 3)]]).inputs
+        cut = {
+            name: each[:, :-1] if each.shape[-1] == 10 else each for name, each in inputs.items()
+        }
+        encode = torch.tensor([True] * 5 + [False])
+        with pytest.raises(ValueError, match="ends in a visual token that was left out"):
+            models.pruned.glimpse(**cut, visual_encode_mask=encode)

@@ -13,8 +13,10 @@ import argparse
 from glimpseprune.look_cost import ManyQuestions
 from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
+    PREDICTOR_QWEN3_VL_8B,
     QWEN2_5_VL_7B,
     QWEN2_5_VL_VISION,
+    QWEN3_VL_8B,
     Additions,
     Decoder,
     Predictor,
@@ -27,6 +29,7 @@ from glimpseprune.prefill_cost import (
 MODELS = {
     "qwen2_5_vl_3b": (Decoder(36, 2048, 11008, 16, 2), Predictor(4, 256, 512, 1280, 16), 23),
     "qwen2_5_vl_7b": (QWEN2_5_VL_7B, OFFICIAL_PREDICTOR_7B, 18),
+    "qwen3_vl_8b": (QWEN3_VL_8B, PREDICTOR_QWEN3_VL_8B, 24),
     "llava_1_5_7b": (Decoder(32, 4096, 11008, 32, 32), Predictor(4, 256, 512, 1024, 32), 21),
 }
 

@@ -42,6 +42,8 @@ OFFICIAL_SETTINGS = {
     "min_remain_num": 1,
 }
 QWEN_SETTINGS = {"use_attention_logits": True, "selected_visual_layers": [31, 23, 15, 7]}
+QWEN_3_SETTINGS = {"use_attention_logits": True, "selected_visual_layers": [23, 17, 11, 5]}
+EARLY = {"glimpse_lora_rank": 16, "stale_rank": 16}  # of a glimpse that is read ahead
 LLAVA_SETTINGS = {"use_attention_logits": False, "selected_visual_layers": [23, 17, 11, 5]}
 QWEN_RESEARCH = {
     "license": "other",
@@ -52,6 +54,10 @@ LLAMA_2 = {"license": "llama2"}
 CONVERTED = "The official glimpse weights, converted."
 PLUS = "Stage 2 (reinforcement learning on pruned sequences) of the base, merged, then stage 1."
 STAGE_1 = "Stage 1; there is no official checkpoint of this base."
+NOT_TRAINED = (
+    "None so far. `recipes/stage1_{name}.yaml` trains a glimpse that is read late, and "
+    "`recipes/stage1_{name}_early.yaml` goes on from it to this one; neither has been run."
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class PublishedModel:
         glimpse_layer: K.
         licence: what the base's card says of its licence.
         settings: the official settings in which families differ.
-        training: how its glimpse comes about, a sentence.
+        training: how its glimpse comes about, a sentence; None where it is not trained.
+        prune_layer: P, or None for K.
     """
 
     base: str
@@ -72,7 +79,8 @@ class PublishedModel:
     glimpse_layer: int
     licence: Mapping[str, str]
     settings: Mapping[str, object]
-    training: str = CONVERTED
+    training: str | None = CONVERTED
+    prune_layer: int | None = None
 
     @property
     def title(self) -> str:
@@ -97,6 +105,15 @@ LLAVA_7B = PublishedModel(
 LLAVA_13B = PublishedModel(
     "llava-hf/llava-1.5-13b-hf", "llava_1_5_13b.json", 26, LLAMA_2, LLAVA_SETTINGS
 )
+QWEN_3_2B = PublishedModel(
+    "Qwen/Qwen3-VL-2B-Instruct",
+    "qwen3_vl_2b.json",
+    18,
+    {"license": "apache-2.0"},
+    QWEN_3_SETTINGS,
+    training=None,
+    prune_layer=4,
+)
 PUBLISHED = {
     "qwen2_5_vl_3b": QWEN_3B,
     "qwen2_5_vl_3b_plus": replace(QWEN_3B, training=PLUS),
@@ -113,6 +130,22 @@ PUBLISHED = {
         LLAMA_2,
         LLAVA_SETTINGS,
         training=STAGE_1,
+    ),
+    "qwen3_vl_2b": QWEN_3_2B,
+    "qwen3_vl_4b": replace(
+        QWEN_3_2B,
+        base="Qwen/Qwen3-VL-4B-Instruct",
+        base_config="qwen3_vl_4b.json",
+        glimpse_layer=24,
+        prune_layer=5,
+    ),
+    "qwen3_vl_8b": replace(
+        QWEN_3_2B,
+        base="Qwen/Qwen3-VL-8B-Instruct",
+        base_config="qwen3_vl_8b.json",
+        glimpse_layer=24,
+        prune_layer=5,
+        settings=QWEN_3_SETTINGS | {"selected_visual_layers": [26, 24, 16, 8]},
     ),
 }
 
@@ -131,12 +164,18 @@ def published_config(model: PublishedModel) -> dict:
     }
     family = family_of(base, model.base_config)
     publication = Publication(base_repository=model.base)
-    return build_config(base, family, convert_config(official), publication)
+    fields = convert_config(official)
+    if model.prune_layer is not None:
+        fields |= {"prune_layer": model.prune_layer, **EARLY}
+    return build_config(base, family, fields, publication)
 
 
 def published_card(model: PublishedModel) -> str:
     """The card of a published model before anything was measured with its files."""
-    card = ModelCard(title=model.title, training=model.training)
+    training, trained = model.training, model.training is not None
+    if not trained:
+        training = NOT_TRAINED.format(name=model.base_config.removesuffix(".json"))
+    card = ModelCard(title=model.title, training=training, trained=trained)
     return render_card(card, published_config(model), model.licence)
 
 

@@ -29,6 +29,7 @@ class ModelCard:
         measurements: a file that `glimpseprune evaluate --output` wrote.
         training: how the glimpse was trained, a sentence.
         training_summary: content of a run's `training_summary.json`.
+        trained: whether it was at all.
     """
 
     title: str = "GlimpsePrune"
@@ -37,6 +38,7 @@ class ModelCard:
     measurements: Path | None = None
     training: str = "Not recorded."
     training_summary: Mapping[str, object] | None = None
+    trained: bool = True
 
 
 def base_licence(card: Path) -> dict[str, str]:
@@ -71,7 +73,7 @@ def render_card(card: ModelCard, config: Mapping[str, object], licence: Mapping[
         metadata=_metadata(config, licence),
         title=card.title,
         repository=card.repository,
-        summary=_summary(base),
+        summary=_summary(base, card.trained),
         contents=_contents(base),
         settings=_settings(config),
         measurements=_measurements(card.measurements),
@@ -92,8 +94,14 @@ def _metadata(config: Mapping[str, object], licence: Mapping[str, str]) -> str:
     return yaml.safe_dump(metadata, sort_keys=False).rstrip()
 
 
-def _summary(base: Mapping[str, object]) -> str:
+def _summary(base: Mapping[str, object], trained: bool) -> str:
     origin = f"`{base['repository']}`" if base["repository"] else "a vision-language model"
+    if not trained:
+        return (
+            f"{origin} with places for a glimpse token and a visual importance predictor, which "
+            "**are not trained yet**: without weights from training `generate()` refuses to prune, "
+            "and `prune=False` and a mask of your own are what works."
+        )
     return (
         f"{origin} with a trained glimpse token and visual importance predictor: `generate()` "
         "glances at the image once, scores its visual tokens for the question at hand, and goes on "

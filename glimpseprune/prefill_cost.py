@@ -12,18 +12,28 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class Decoder:
-    """Geometry of a decoder with grouped-query attention and a gated MLP."""
+    """Geometry of a decoder with grouped-query attention and a gated MLP.
+
+    Attributes:
+        head: width of a head; None is its share of the model's.
+    """
 
     layers: int
     hidden: int
     intermediate: int
     heads: int
     key_value_heads: int
+    head: int | None = None
+
+    @property
+    def query_width(self) -> int:
+        """Width of a token's queries, over all heads."""
+        return self.hidden if self.head is None else self.heads * self.head
 
     def attention(self, queries: int, keys: int) -> int:
         """One layer's attention block for `queries` tokens over `keys` tokens."""
-        projections = 2 * self.hidden * (self.hidden + self.key_value_width)
-        return 2 * queries * projections + 4 * queries * keys * self.hidden
+        projections = 2 * self.hidden * (self.query_width + self.key_value_width)
+        return 2 * queries * projections + 4 * queries * keys * self.query_width
 
     def keys_and_values(self, tokens: int) -> int:
         """One layer's keys and values of some tokens."""
@@ -32,7 +42,7 @@ class Decoder:
     @property
     def key_value_width(self) -> int:
         """Width of a token's keys, and of its values."""
-        return self.key_value_heads * self.hidden // self.heads
+        return self.key_value_heads * self.query_width // self.heads
 
     def mlp(self, tokens: int) -> int:
         """One layer's MLP."""
@@ -125,7 +135,7 @@ class Additions:
     def of_a_layer(self, decoder: Decoder) -> AdditionCosts:
         """What one glimpse token's additions cost in a layer."""
         hidden, narrow = decoder.hidden, decoder.key_value_width
-        query = 2 * self.glimpse * 2 * hidden
+        query = 2 * self.glimpse * (hidden + decoder.query_width)
         key = 2 * self.glimpse * (hidden + narrow)
         mlp = 3 * 2 * self.glimpse * (hidden + decoder.intermediate)
         return AdditionCosts(query, key, 2 * query + 2 * key, mlp)
@@ -164,7 +174,8 @@ def pruned_prefill(
     cost = prune_layer * decoder.layer(full) + decoder.attention(full, full)
     cost += decoder.mlp(short) + (decoder.layers - prune_layer - 1) * decoder.layer(short)
     # The glimpse vectors of layers 0..K, and the query row read outside the attention kernel.
-    cost += (glimpse_layer + 2) * 2 * decoder.hidden**2 + 2 * (prompt + 1) * decoder.hidden
+    cost += (glimpse_layer + 1) * 2 * decoder.hidden**2
+    cost += 2 * decoder.query_width * (decoder.hidden + prompt + 1)
     if beside:
         cost += glimpse_beside(decoder, glimpse_layer, prune_layer, prompt, additions)
     if prune_layer < glimpse_layer:
@@ -217,6 +228,8 @@ def pruned_after_layer(
 
 
 QWEN2_5_VL_7B = Decoder(28, 3584, 18944, 28, 4)
+QWEN3_VL_8B = Decoder(36, 4096, 12288, 32, 8, 128)
+PREDICTOR_QWEN3_VL_8B = Predictor(4, 256, 512, 1152, 32)
 OFFICIAL_PREDICTOR_7B = Predictor(4, 256, 512, 1280, 28)
 QWEN2_5_VL_VISION = VisionEncoder(32, 4, 1280, 3420, 64, 2, 1176, 3584)
 
@@ -240,6 +253,7 @@ class PrefillLaw:
             text.intermediate_size,
             text.num_attention_heads,
             text.num_key_value_heads,
+            getattr(text, "head_dim", None),
         )
         predictor = Predictor(
             len(config.vision_layers),

@@ -52,5 +52,7 @@ class LayerAdditions:
         Args:
             states: as for `laid_out`.
         """
+        if len(self.masks) == 1:
+            return self.masks[0].to(states.device), list(self.features[0])
         where = torch.stack(self.masks).any(0).to(states.device)
         return where, [layer[where] for layer in self.laid_out(states).values()]

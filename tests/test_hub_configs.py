@@ -15,12 +15,20 @@ from glimpseprune.hub.remote_code import code_files, copy_code
 BASE_PARAMETERS = {
     "qwen2_5_vl_3b": 3_754_622_976,
     "qwen2_5_vl_7b": 8_292_166_656,
+    "qwen3_vl_2b": 2_127_532_032,
+    "qwen3_vl_4b": 4_437_815_808,
+    "qwen3_vl_8b": 8_767_123_696,
     "llava_1_5_7b": 7_063_427_072,
     "llava_1_5_13b": 13_351_494_656,
     "llava_v1_6_vicuna_7b": 7_063_431_168,
 }
-QWEN_VISION_LAYERS = [31, 23, 15, 7]
-CLIP_VISION_LAYERS = [23, 17, 11, 5]
+VISION_LAYERS = {
+    "qwen2_5_vl": [31, 23, 15, 7],
+    "qwen3_vl_2b": [23, 17, 11, 5],
+    "qwen3_vl_4b": [23, 17, 11, 5],
+    "qwen3_vl_8b": [26, 24, 16, 8],
+    "llava": [23, 17, 11, 5],
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -38,10 +46,17 @@ def test_config_loads_with_its_code(name, tmp_path):
     copy_code(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     layers = config.get_text_config().num_hidden_layers
-    assert config.glimpse_layer == PUBLISHED[name].glimpse_layer == int(0.66 * layers)
+    two_thirds = 2 * layers // 3 if name.startswith("qwen3") else int(0.66 * layers)
+    assert config.glimpse_layer == PUBLISHED[name].glimpse_layer == two_thirds
+    expected = next(VISION_LAYERS[part] for part in VISION_LAYERS if name.startswith(part))
+    assert config.vision_layers == expected
     is_qwen = name.startswith("qwen")
-    assert config.vision_layers == (QWEN_VISION_LAYERS if is_qwen else CLIP_VISION_LAYERS)
     assert config.attention_scores == ("logits" if is_qwen else "log_probabilities")
+    if name.startswith("qwen3"):  # untrained, read ahead, behind the features between layers
+        assert config.default_vision_layers == config.vision_layers
+        added = len(config.vision_config.deepstack_visual_indexes)
+        assert added <= config.prune_layer < config.glimpse_layer
+        assert "not trained yet" in published_card(PUBLISHED[name])
     assert config.glimpse_embedding_layers == list(range(layers))
     assert config.glimpse_base["repository"] == PUBLISHED[name].base
 
@@ -66,7 +81,9 @@ def test_key_maps_leave_glimpse_weights_alone(family):
         assert family.stored_name(f"model.glimpse.{name}") == f"model.glimpse.{name}"
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl_3b", "llava_1_5_7b", "llava_v1_6_vicuna_7b"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl_3b", "qwen3_vl_2b", "llava_1_5_7b", "llava_v1_6_vicuna_7b"]
+)
 def test_entry_files_import_the_code_that_finds_the_base(name):
     """transformers 4 loads no more of a local folder than what the entry file imports itself."""
     code = {path.name for path in code_files(published_config(PUBLISHED[name]))}

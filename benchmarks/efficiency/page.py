@@ -4,8 +4,10 @@ from pathlib import Path
 
 from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
+    PREDICTOR_QWEN3_VL_8B,
     QWEN2_5_VL_7B,
     QWEN2_5_VL_VISION,
+    QWEN3_VL_8B,
     Decoder,
     Predictor,
     look_ahead,
@@ -40,6 +42,13 @@ OTHER_MODELS = {
         23,
         (5000, 200),
         (23, 8, 6),
+    ),
+    "Qwen3-VL-8B (36 layers, K = 24)": (
+        QWEN3_VL_8B,
+        PREDICTOR_QWEN3_VL_8B,
+        24,
+        (5000, 200),
+        (24, 8, 5),
     ),
     "LLaVA-1.5-7B (32 layers, K = 21, no grouped queries)": (
         Decoder(32, 4096, 11008, 32, 32),

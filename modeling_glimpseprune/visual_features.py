@@ -116,7 +116,11 @@ def described(kind: str, features: dict, prunes: bool = True) -> VisualFeatures:
             f"tokens lie: give what this model's encode_visual({kind!r}, ...) returns, or use "
             "prune=False"
         )
-    return VisualFeatures(pooler_output=features.pooler_output)
+    embeddings, added = features.pooler_output, getattr(features, "deepstack_features", None)
+    if added is not None:
+        sizes = [len(of_image) for of_image in embeddings]
+        added = [torch.cat(list(layer)).view(sum(sizes), -1).split(sizes) for layer in added]
+    return VisualFeatures(pooler_output=embeddings, deepstack_features=added)
 
 
 def whole_images(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from benchmarks.efficiency.measurement import StepClock, cache_bytes, peak_bytes, synchronise
@@ -94,18 +95,14 @@ def measure(pair: Pair, workload: Workload) -> dict:
                 answers[name].append(output.sequences[0, -workload.new_tokens :].tolist())
     described = {}
     for name, way in ways.items():
-        held = way.begin()
         described[name] = {
             "seconds to begin": way.seconds_to_begin,
             "seconds to the first token": way.first,
             "seconds of the answer": way.whole,
             "seconds a decode step": way.steps,
-            "bytes held": 0 if held is None else _held_bytes(held),
-            "peak bytes to begin": peak_bytes(way.begin, pruned),
-            "peak bytes of a question": peak_bytes(_bound(way.ask, held), pruned),
-            "bytes of a question's keys and values": cache_bytes(cache_of(way.ask(0, held))),
             "answers": answers[name],
         }
+        described[name] |= bytes_of(way, pruned)
     return {
         "visual": prompts[0].visual,
         "kept": int(workload.retention * prompts[0].visual),
@@ -118,6 +115,17 @@ def measure(pair: Pair, workload: Workload) -> dict:
         "prune layers": list(workload.prune_layers),
         "ways": described,
         "equal answers": _equal_answers(answers, workload),
+    }
+
+
+def bytes_of(way: Way, model: PreTrainedModel) -> dict[str, int]:
+    """What one way of asking holds, and takes at its most; the same at every run on a CPU."""
+    held = way.begin()
+    return {
+        "bytes held": 0 if held is None else _held_bytes(held),
+        "peak bytes to begin": peak_bytes(way.begin, model),
+        "peak bytes of a question": peak_bytes(_bound(way.ask, held), model),
+        "bytes of a question's keys and values": cache_bytes(cache_of(way.ask(0, held))),
     }
 
 

@@ -130,8 +130,9 @@ def _measured(results: dict) -> str:
     introduction = """Stock and pruned model share weights (random), the kept share is forced, and
         all ways are taken in turns, question by question, in one process. Seconds are medians over
         repetitions; those of n questions include the look or the prefix. Bytes follow the tensors
-        that operations make (`LiveBytes`): what is held between questions, the peak of one question
-        above that, and the peak while looking."""
+        that operations make (`LiveBytes`), the same at every run: what is held between questions,
+        the peak of one question above that, and the peak while looking. Other work ran on the
+        machine, so seconds are longer than on an idle one, and ratios of few repetitions rough."""
     described = _described(results["machine"] | results["settings"])
     points = [_point(point) for point in results["points"]]
     return "\n\n".join([_wrapped(introduction), described, *points])
@@ -166,7 +167,8 @@ def _point(point: dict) -> str:
         ("peak MB of a question", "peak bytes of a question", 1e-6),
         ("MB of its keys and values", "bytes of a question's keys and values", 1e-6),
     ):
-        values = [f"{_median(way[name]) * unit:.3g}" for way in ways]
+        medians = [_median(way[name]) * unit for way in ways]
+        values = [f"{value:.3g}" if value > 1e-4 else "" for value in medians]
         rows.append(f"| {title} | " + " | ".join(values) + " |")
     return "\n".join(rows) + "\n\n" + _ratios(point)
 

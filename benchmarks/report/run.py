@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from glimpseprune.baselines.method import Method
-from glimpseprune.evaluation import Metric, evaluate
+from glimpseprune.evaluation import Metric, batches, evaluate
 from glimpseprune.sample import Sample
 
 from .records import Record, append_records, read_records
@@ -28,9 +28,7 @@ def run_methods(
     for record in read_records(path):
         held.setdefault(record.number, set()).add(record.setting)
     left = [sample for sample in samples if not settings <= held.get(sample.number, set())]
-    by_size = sorted(left, key=lambda sample: sample.image.size)
-    for start in tqdm(range(0, len(by_size), batch_size), unit="batch"):
-        batch = by_size[start : start + batch_size]
+    for batch in tqdm(list(batches(left, batch_size)), unit="batch"):
         evaluation = evaluate(model, processor, batch, methods, batch_size, max_new_tokens, metric)
         append_records(
             path,

@@ -2,10 +2,11 @@
 
     python -m benchmarks.serving --output benchmarks/results/serving.json
 
-Two servers run one after the other on this machine: `transformers serve` with a stock model, and
-`glimpseprune serve` with the same weights and a glimpse. Weights are random and the kept share is
-forced, so nothing is downloaded. Pages are noise, and each question but the second about a page
-brings a page of its own.
+Three servers run on this machine: `transformers serve` with a stock model, and `glimpseprune serve`
+with the same weights and a glimpse, with and without prefixes. They are asked in turn, so that what
+else the machine does falls on all of them. Weights are random and the kept share is forced, so
+nothing is downloaded. Pages are noise, and each question but the second about a page brings a page
+of its own.
 """
 
 import argparse
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +46,7 @@ TOKEN = 28  # pixels a side of a visual token
 OF_THE_TOKENIZER = ("image_token_id", "video_token_id", "vision_start_token_id")
 OF_THE_TOKENIZER += ("vision_end_token_id",)
 QUESTIONS = ("What is the value of CS?", "What is the value of AB?")
+Ask = Callable[..., dict]  # a page, a question and a number of tokens to the answer's usage
 STOCK, LOOKS_ANEW, KEEPS = "stock", "pruned, no prefixes kept", "pruned"
 
 
@@ -58,7 +61,8 @@ def main() -> None:
     parser.add_argument(
         "--requests", type=int, default=8, help="at least, of each number of clients"
     )
-    parser.add_argument("--repetitions", type=int, default=5, help="of a first and second question")
+    parser.add_argument("--repetitions", type=int, default=9, help="of a first and second question")
+    parser.add_argument("--rounds", type=int, default=2, help="of each number of clients")
     arguments = parser.parse_args()
     results = measure(arguments)
     settings = {name: value for name, value in vars(arguments).items() if name != "output"}
@@ -72,8 +76,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     pruning = {"prune_threshold": 0.0, "max_keep_ratio": arguments.keep_ratio}
     if arguments.prune_layer is not None:
         pruning["prune_layer"] = arguments.prune_layer
-    results = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         stock, pruned = write_models(Path(scratch))
         device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
         ours = ["-m", "glimpseprune.cli", "serve", str(pruned), *device]
@@ -82,40 +85,48 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict]:
             LOOKS_ANEW: ([*ours, "--prefix-memory", "0"], pruning),
             KEEPS: (ours, pruning),
         }
-        for name, (command, fields) in servers.items():
-            with running(command, Path(scratch) / "log.txt") as address:
-                ask = partial(request, address, fields)
-                results[name] = measure_server(ask, arguments)
-    return results
+        asks = {}
+        for index, (name, (command, fields)) in enumerate(servers.items()):
+            log = Path(scratch) / f"log_{index}.txt"
+            asks[name] = partial(request, stack.enter_context(running(command, log)), fields)
+        return measure_servers(asks, arguments)
 
 
-def measure_server(ask, arguments: argparse.Namespace) -> dict:
-    """Seconds to the first token, and requests a second by number of clients."""
+def measure_servers(asks: dict[str, Ask], arguments: argparse.Namespace) -> dict[str, dict]:
+    """Seconds to the first token, and requests a second by number of clients, of each server."""
     pages = Pages(arguments.side)
-    ask(pages.next(), QUESTIONS[0], arguments.new_tokens)  # the first of all is slow
-    firsts, seconds = [], []
-    for _ in range(arguments.repetitions):
+    results = {}
+    for name, ask in asks.items():  # the first question of all is slow
+        usage = ask(pages.next(), QUESTIONS[0], arguments.new_tokens)
+        details = usage.get("prompt_tokens_details") or {}
+        results[name] = {"prompt_tokens": usage["prompt_tokens"], **details}
+    seconds = defaultdict(lambda: ([], []))
+    for _ in tqdm(range(arguments.repetitions), desc="first tokens"):
         page = pages.next()
-        for found, question in zip((firsts, seconds), QUESTIONS, strict=True):
-            start = time.perf_counter()
-            ask(page, question, 1)
-            found.append(time.perf_counter() - start)
-    measured = {
-        "first_question_seconds": statistics.median(firsts),
-        "second_question_seconds": statistics.median(seconds),
-        "requests_a_second": {},
-    }
+        for name, ask in asks.items():
+            for found, question in zip(seconds[name], QUESTIONS, strict=True):
+                start = time.perf_counter()
+                ask(page, question, 1)
+                found.append(time.perf_counter() - start)
+    for name, (first, second) in seconds.items():
+        results[name]["first_question_seconds"] = statistics.median(first)
+        results[name]["second_question_seconds"] = statistics.median(second)
+        results[name]["requests_a_second"] = {}
     for clients in arguments.clients:
-        asked = [pages.next() for _ in range(max(clients, arguments.requests))]
-        start = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            answers = pool.map(lambda page: ask(page, QUESTIONS[0], arguments.new_tokens), asked)
-            usages = list(tqdm(answers, total=len(asked), desc=f"{clients} clients"))
-        rate = len(usages) / (time.perf_counter() - start)
-        measured["requests_a_second"][str(clients)] = rate
-    measured["prompt_tokens"] = usages[-1]["prompt_tokens"]
-    measured |= usages[-1].get("prompt_tokens_details") or {}
-    return measured
+        spent = dict.fromkeys(asks, 0.0)
+        count = max(clients, arguments.requests)
+        for _ in tqdm(range(arguments.rounds), desc=f"{clients} clients"):
+            for name, ask in asks.items():
+                asked = [pages.next() for _ in range(count)]
+                start = time.perf_counter()
+                with ThreadPoolExecutor(clients) as pool:
+                    one = partial(ask, question=QUESTIONS[0], new_tokens=arguments.new_tokens)
+                    list(pool.map(one, asked))
+                spent[name] += time.perf_counter() - start
+        for name, taken in spent.items():
+            rate = count * arguments.rounds / taken
+            results[name]["requests_a_second"][str(clients)] = rate
+    return results
 
 
 def write_models(folder: Path) -> tuple[Path, Path]:

@@ -101,6 +101,8 @@ class GivenVisualsMixin:
 
     def _select_visuals(self, kind: str, inputs: dict, wanted: list[bool]) -> dict:
         """Inputs with those visuals of a kind for which `wanted` is True."""
+        if all(wanted):
+            return inputs
         names, inputs = self.visual_inputs[kind], dict(inputs)
         parts = inputs[names[0]].split(self.pixel_rows(kind, **inputs))
         inputs[names[0]] = torch.cat([*compress(parts, wanted)]) if any(wanted) else None

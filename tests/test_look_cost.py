@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from conftest import TEXT_INPUTS, build_batch, build_models
-from test_cost import GRID, TEXT, VISION_TOKENS, count_flops, geometry, rotary_flops
+from test_cost import GRID, TEXT, VISION_TOKENS, count_flops, geometry, rotary_flops, run
 
+from benchmarks.efficiency.measurement import peak_bytes
 from benchmarks.prefill_flops import MODELS, many_questions
 from glimpseprune.look_cost import look, look_numbers, question_over_look, stock_question
 from glimpseprune.prefill_cost import Additions
@@ -88,6 +89,15 @@ def test_what_a_look_holds(batch):
     decoder, predictor = geometry(model)
     numbers = look_numbers(decoder, predictor, PREFIX, math.prod(GRID), prune_layer=1)
     assert model.look(**batch.inputs).nbytes == 4 * numbers
+
+
+@torch.no_grad()
+def test_looking_takes_no_more_memory_than_a_prefill():
+    """What is in flight is at its most in the vision encoder and layers 0..P, which both run."""
+    model = build().pruned
+    batch = build_batch([[3, (24, 24), 4]])
+    whole = peak_bytes(lambda: run(model, batch, max_keep_ratio=0.1), model)
+    assert peak_bytes(lambda: model.look(**batch.inputs), model) <= whole
 
 
 def test_questions_over_a_look_of_7b():

@@ -3,7 +3,8 @@
     python -m benchmarks.look_once --output benchmarks/results/look_once.json
 
 on the scaled-down geometry of `benchmarks.efficiency` with random weights and a forced kept share,
-so nothing is downloaded. `--page FILE` writes a Markdown page from the results, the counted law and
+so nothing is downloaded. Points of other numbers of visual tokens that are in the file stay.
+`--page FILE` writes a Markdown page from the results, the counted law and
 what lies beside them: `second_questions.json` and `evaluate_by_image.json`, if they are there.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.efficiency.__main__ import describe_machine
+from benchmarks.efficiency.__main__ import describe_machine, measured_before
 from benchmarks.efficiency.workload import REAL, SCALED, build_config, build_pair
 from benchmarks.look_once.measurement import Workload, measure
 from benchmarks.look_once.page import write_page
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = {name: getattr(arguments, name) for name in ("geometry", "dtype", "attention")}
         content = {"machine": describe_machine(arguments.device), "settings": settings}
         points: list[dict] = []
+        if arguments.output.exists():
+            points = measured_before(arguments.output, content)
         for visual in arguments.visual_tokens:
             workload = Workload(
                 visual,
@@ -62,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
                 tuple(arguments.prune_layers),
                 arguments.repetitions,
             )
-            points.append(measure(pair, workload))
+            point = measure(pair, workload)
+            points = [each for each in points if each["visual"] != point["visual"]] + [point]
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.output, content | {"points": points})
     if arguments.page:

@@ -26,8 +26,8 @@ COLUMNS = (
 INTRODUCTION = """# Look once, ask often
 
 ```python
-prefix = model.look(**inputs)                       # vision encoder and layers 0..P, once
-model.generate(**first, past_key_values=prefix)     # whole prompts, pixels may be left out
+prefix = model.look(**inputs)  # vision encoder and layers 0..P, once
+model.generate(**first, past_key_values=prefix)  # whole prompts, pixels may be left out
 model.generate(**second, past_key_values=prefix)
 ```
 

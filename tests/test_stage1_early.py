@@ -344,7 +344,8 @@ def test_early_recipes_fit_the_official_glimpse(name):
     training = recipe.training_config()
     assert (training.answer_weight, training.late_weight) == (0, 0.5)
     content, _ = PretrainedConfig.get_config_dict(REPOSITORY / "hub_configs" / name)
-    official = config_class(**content)
+    read_late = {"prune_layer": None, "glimpse_lora_rank": 0, "stale_rank": 0}
+    official = config_class(**(content | read_late))
     own = config_class(**(content | recipe.glimpse))
     assert (own.glimpse_layer, own.prune_layer) == (glimpse_layer, prune_layer)
     assert (own.glimpse_lora_rank, own.stale_rank) == (16, 16)

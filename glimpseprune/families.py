@@ -50,6 +50,12 @@ LLAVA_NAMES = {
     r"^model\.vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model.",
 }
 
+# Relatives of known bases that are not supported, and why.
+REFUSED = {
+    "qwen3_vl_moe": "its MLPs are mixtures of experts, which do not run over parts of a prompt as "
+    "those of the dense Qwen3-VL models (qwen3_vl) do",
+}
+
 WHOLE_MODEL_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
@@ -165,5 +171,9 @@ def family_of(config: Mapping[str, object], source: object) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    if model_type in REFUSED:
+        raise ConversionError(
+            f"{source} is a {model_type!r} model, which is not supported: {REFUSED[model_type]}"
+        )
     known = ", ".join(family.base_model_type for family in FAMILIES)
     raise ConversionError(f"{source} is a {model_type!r} model; known are {known}")

@@ -5,8 +5,17 @@ wide as their share of the model, as in the published 4B they are wider. A frame
 in front of it, as published prompts have its time.
 """
 
+import math
+from pathlib import Path
+
 import torch
-from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+from transformers import (
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
 from glimpseprune.tiny_world.vocabulary import build_processor
 
@@ -23,6 +32,7 @@ def qwen3_config_fields(
     num_heads: int = 4,
     num_key_value_heads: int = 2,
     vision_depth: int = 3,
+    patch_size: int = PATCH,
     **windows,
 ) -> dict:
     """Keyword arguments of a tiny stock configuration; the encoder has no windows to be set."""
@@ -39,7 +49,7 @@ def qwen3_config_fields(
     )  # fmt: skip
     vision = dict(
         depth=vision_depth, hidden_size=16, intermediate_size=32, num_heads=2, in_channels=3,
-        out_hidden_size=hidden_size, patch_size=PATCH, spatial_merge_size=MERGE,
+        out_hidden_size=hidden_size, patch_size=patch_size, spatial_merge_size=MERGE,
         temporal_patch_size=2, num_position_embeddings=16,
         deepstack_visual_indexes=sorted({0, vision_depth - 1}),
     )  # fmt: skip
@@ -61,11 +71,34 @@ def qwen3_frames(ids: list[int], frames: int, generator: torch.Generator) -> lis
 
 
 def qwen3_processor() -> Qwen3VLProcessor:
-    """A stock processor over the tiny vocabulary, with patches as the tiny world's."""
+    """A stock processor over the tiny vocabulary, with patches of 16 pixels as published."""
     parts = build_processor()
     return Qwen3VLProcessor(
-        image_processor=parts.image_processor,
+        image_processor=Qwen2VLImageProcessor(patch_size=16, min_pixels=32**2),
         tokenizer=parts.tokenizer,
-        video_processor=Qwen3VLVideoProcessor(),
+        video_processor=Qwen3VLVideoProcessor(
+            size={"shortest_edge": 2 * 32**2, "longest_edge": 64 * 32**2}
+        ),
         chat_template=parts.chat_template,
     )
+
+
+def write_qwen3_base(folder: Path) -> Path:
+    """A tiny stock model and its processor."""
+    processor = qwen3_processor()
+    ids = processor.tokenizer.convert_tokens_to_ids
+    fields = qwen3_config_fields(len(processor.tokenizer), ids("<|endoftext|>"), patch_size=16)
+    fields |= {
+        "image_token_id": ids("<|image_pad|>"), "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+    }  # fmt: skip
+    fields["text_config"]["eos_token_id"] = ids("<|im_end|>")
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**fields))
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and "embed_tokens" not in name:
+            torch.nn.init.normal_(weight, std=1 / math.sqrt(weight[0].numel()))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -11,8 +11,11 @@ MODELS = {"shared_models", "build_models", "make_model"}  # fixtures that come i
 ROW = re.compile(r"\| (?P<feature>[^|]+) \| (?P<answer>[^|]+) \| (?P<families>[^|]+) \| (`.+`) \|")
 
 
-def marked_tests() -> dict[str, dict[str, bool]]:
-    """Feature -> its tests, with whether each runs on every family."""
+FAMILIES = ("Qwen2.5-VL", "Qwen", "all")  # from few to many
+
+
+def marked_tests() -> dict[str, dict[str, str]]:
+    """Feature -> its tests, with the families each runs on."""
     features = defaultdict(dict)
     for path in sorted(TESTS.glob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -22,8 +25,10 @@ def marked_tests() -> dict[str, dict[str, bool]]:
             decorators = [ast.unparse(each) for each in node.decorator_list]
             for mark in decorators:
                 if found := re.fullmatch(r"pytest\.mark\.feature\('(.+)'\)", mark):
-                    of_all = "QWEN_ONLY" not in decorators and bool(arguments & MODELS)
-                    features[found[1]][node.name] = of_all and found[1] != "video"
+                    families = "all" if arguments & MODELS else "Qwen2.5-VL"
+                    if "QWEN_ONLY" in decorators or found[1] == "video":
+                        families = "Qwen"
+                    features[found[1]][node.name] = families
     return features
 
 
@@ -37,4 +42,4 @@ def test_generation_page_lists_what_the_tests_show():
     for row in rows:
         tests = marked[row["feature"]]
         assert (row["answer"] == "refused") == all("refused" in name for name in tests), row
-        assert row["families"] == ("all" if any(tests.values()) else "Qwen2.5-VL"), row
+        assert row["families"] == max(tests.values(), key=FAMILIES.index), row

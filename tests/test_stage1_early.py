@@ -28,6 +28,7 @@ from glimpseprune.training.stage1_trainer import Stage1Trainer
 from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,
     GlimpsePruneQwen2_5_VLConfig,
+    GlimpsePruneQwen3VLConfig,
 )
 from modeling_glimpseprune.modeling_qwen2_5_vl import GlimpsePruneQwen2_5_VLForConditionalGeneration
 from modeling_glimpseprune.stock import given_cache
@@ -327,6 +328,9 @@ def test_additions_that_the_configuration_does_not_know(copied, name):
 EARLY_RECIPES = {
     "qwen2_5_vl_3b": (23, 6, GlimpsePruneQwen2_5_VLConfig),
     "qwen2_5_vl_7b": (18, 5, GlimpsePruneQwen2_5_VLConfig),
+    "qwen3_vl_2b": (18, 4, GlimpsePruneQwen3VLConfig),
+    "qwen3_vl_4b": (24, 5, GlimpsePruneQwen3VLConfig),
+    "qwen3_vl_8b": (24, 5, GlimpsePruneQwen3VLConfig),
     "llava_1_5_7b": (21, 4, GlimpsePruneLlavaConfig),
 }
 
@@ -340,7 +344,8 @@ def test_early_recipes_fit_the_official_glimpse(name):
     training = recipe.training_config()
     assert (training.answer_weight, training.late_weight) == (0, 0.5)
     content, _ = PretrainedConfig.get_config_dict(REPOSITORY / "hub_configs" / name)
-    official = config_class(**content)
+    read_late = {"prune_layer": None, "glimpse_lora_rank": 0, "stale_rank": 0}
+    official = config_class(**(content | read_late))
     own = config_class(**(content | recipe.glimpse))
     assert (own.glimpse_layer, own.prune_layer) == (glimpse_layer, prune_layer)
     assert (own.glimpse_lora_rank, own.stale_rank) == (16, 16)

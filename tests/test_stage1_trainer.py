@@ -33,6 +33,7 @@ from glimpseprune.training.stage1_trainer import Stage1Trainer
 from modeling_glimpseprune.configuration_glimpseprune import (
     GlimpsePruneLlavaConfig,
     GlimpsePruneQwen2_5_VLConfig,
+    GlimpsePruneQwen3VLConfig,
 )
 from modeling_glimpseprune.stock import TRANSFORMERS_5, given_cache
 
@@ -214,6 +215,27 @@ def test_official_llava_recipes(size, glimpse_layer):
     assert (training.learning_rate, training.per_device_train_batch_size) == (1e-4, 8)
     assert (config.glimpse_layer, config.attention_scores) == (glimpse_layer, "log_probabilities")
     assert (config.vision_layers, recipe.max_questions) == ([23, 17, 11, 5], 20_000)
+
+
+@pytest.mark.parametrize("size", ["2b", "4b", "8b"])
+def test_recipes_of_qwen3_vl(size):
+    """The official recipe's settings, at the layers of the published folders."""
+    given = {"data": "d", "output": "o", "training.bf16": False}
+    path = REPOSITORY / "recipes" / f"stage1_qwen3_vl_{size}.yaml"
+    recipe = read_recipe(Stage1Recipe, path, given)
+    training = recipe.training_config()
+    assert (training.learning_rate, training.per_device_train_batch_size) == (1e-4, 8)
+    assert (training.dice_weight, training.bce_weight, training.answer_weight) == (1.0, 0.1, 1.0)
+    folder = REPOSITORY / "hub_configs" / f"qwen3_vl_{size}" / "config.json"
+    published = json.loads(folder.read_text())
+    assert recipe.base == published["glimpse_base"]["repository"]
+    assert recipe.glimpse == {name: published[name] for name in ("glimpse_layer", "vision_layers")}
+    config = GlimpsePruneQwen3VLConfig(
+        text_config=published["text_config"],
+        vision_config=published["vision_config"],
+        **recipe.glimpse,
+    )
+    assert config.prune_layer is None and config.predictor_hidden_size == 256
 
 
 def test_tiny_recipe_fits_the_tiny_base():

@@ -391,7 +391,9 @@ def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "llava_1_5_7b", "tiny", "tiny_sampled"]
+    "name",
+    ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "llava_1_5_7b"]
+    + ["tiny", "tiny_sampled"],
 )
 def test_recipes_can_be_read(name, tmp_path):
     path = REPOSITORY / "recipes" / f"stage2_{name}.yaml"

@@ -106,9 +106,9 @@ def zip_tokens(
 @contextmanager
 def _encoder_read(model: PreTrainedModel, encoded: list) -> Iterator[None]:
     """Put attention received and keys of each patch into `encoded` when images are encoded."""
-    visual = getattr(model.model, "visual", None)
-    if visual is None:
+    if not model.config.has_vision_windows:
         raise ValueError("the VisionZip-like baseline reads Qwen2.5-VL's vision encoder only")
+    visual = model.model.visual
     attention = visual.blocks[visual.config.fullatt_block_indexes[-1]].attn
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:

@@ -7,9 +7,9 @@ divides prompt and completion in every row.
 from collections.abc import Sequence
 
 import torch
-from transformers import ProcessorMixin, Qwen2_5_VLProcessor
+from transformers import ProcessorMixin
 
-from modeling_glimpseprune.processing_glimpseprune import ImageLayout
+from modeling_glimpseprune.processing_glimpseprune import ImageLayout, QwenProcessorMixin
 from modeling_glimpseprune.stock import TRANSFORMERS_5
 
 from ..images import open_image
@@ -29,16 +29,16 @@ class VisualCoTCollator:
     Args:
         processor: a GlimpsePrune processor.
         min_pixels, max_pixels: bounds on the processed image's area; default: the processor's. Only
-            Qwen2.5-VL's image processor has any.
+            Qwen's image processor has any.
 
     Calling it with groups of rows returns, with B rows, `prompt_length` P, completions of at most C
     tokens, U different images and N visual tokens over all rows:
 
     - `input_ids`, `attention_mask`, `labels`: `(B, P + C)`; labels are -100 outside of completions;
-    - `mm_token_type_ids`: `(B, P + C)`, 1 at visual tokens (Qwen2.5-VL on transformers 5 only);
+    - `mm_token_type_ids`: `(B, P + C)`, 1 at visual tokens (Qwen on transformers 5 only);
     - `visuals`: what the vision encoder takes of the U images, in the order in which rows first
       show them;
-    - `image_grid_thw`: `(B, 3)`, the patch grid of each row's image (Qwen2.5-VL only);
+    - `image_grid_thw`: `(B, 3)`, the patch grid of each row's image (Qwen only);
     - `image_index`: `(B,)`, which of the U images each row shows;
     - `evidence_mask`: `(N,)` bool, visual tokens in prompt order, row after row;
     - `prompt_length`: P;
@@ -125,7 +125,7 @@ class VisualCoTCollator:
             "attention_mask": torch.cat([prompt_mask, completion_mask], dim=1),
             "labels": torch.cat([torch.full_like(prompt_ids, IGNORED_LABEL), labels], dim=1),
         }
-        if TRANSFORMERS_5 and isinstance(self.processor, Qwen2_5_VLProcessor):
+        if TRANSFORMERS_5 and isinstance(self.processor, QwenProcessorMixin):
             inputs["mm_token_type_ids"] = (input_ids == self.image_token_id).int()
         return inputs
 

@@ -106,6 +106,16 @@ def run_until_done(command: list[str], output: Path, kills: int, within: float, 
     return cut
 
 
+class NodeTeller(PixelTeller):
+    """Answers with the node of Ray's that it is on."""
+
+    def answer(self, unit, pictures) -> list[dict]:
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        return [answer | {"answer": node} for answer in super().answer(unit, pictures)]
+
+
 def run_stand_in(
     questions: Path,
     output: Path,
@@ -133,11 +143,14 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--reads", action="store_true")
     parser.add_argument("--window", type=int, default=16)
-    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--ray", metavar="ADDRESS")
+    parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--tell-nodes", action="store_true")
     arguments = parser.parse_args()
-    make_answerer = partial(PixelTeller, arguments.seconds, arguments.reads)
+    teller = NodeTeller if arguments.tell_nodes else PixelTeller
+    make_answerer = partial(teller, arguments.seconds, arguments.reads)
     options = {"window_rows": arguments.window}
     if arguments.ray:
-        options["engine"] = RayPool(actors=1, cpus=0.5, address="local")
+        options["engine"] = RayPool(arguments.actors, address=arguments.ray)
     run_stand_in(arguments.questions, arguments.output, make_answerer, **options)
     print("peak of memory in KiB:", peak_of_memory())

@@ -4,14 +4,18 @@ The tests need Ray (`pip install '.[ray]'`) and skip without it.
 """
 
 import json
+import os
 import random
+import secrets
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import answering_stand_ins
 import pytest
@@ -32,13 +36,13 @@ ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 pytest.importorskip("ray.data", reason="needs Ray Data: pip install '.[ray]'")
 
 OBJECT_STORE = 100_000_000
-POOL = RayPool(cpus=0.5)
+POOL = RayPool(actors=2, cpus=1)  # which leaves no processor to others
 QUESTIONS = 12
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Ray on this machine, with more processors than it may have."""
+    """Ray on this machine, as if it had two processors."""
     ray.cloudpickle.register_pickle_by_value(answering_stand_ins)
     ray.init(
         "local",
@@ -90,7 +94,7 @@ def command_of(questions: Path, output: Path) -> list[str]:
 def test_actors_answer_as_one_process(cluster, local, tmp_path, actors):
     questions, expected = local
     output = tmp_path / "answers.jsonl"
-    options = ["--engine", "ray", "--actors", str(actors), "--cpus-per-actor", "0.5"]
+    options = ["--engine", "ray", "--actors", str(actors)]
     assert main([*command_of(questions, output), *options]) == 0
     assert read(output) == expected
 
@@ -130,6 +134,19 @@ def test_actors_that_die_are_started_again(cluster, questions, tmp_path):
     assert others == read(expected)[1:]
 
 
+def test_actors_share_a_window(cluster, questions, tmp_path):
+    """What goes to an actor is a unit, not all that was read together."""
+
+    class ProcessTeller(PixelTeller):
+        def answer(self, unit, pictures):
+            return [row | {"answer": str(os.getpid())} for row in super().answer(unit, pictures)]
+
+    output = tmp_path / "answers.jsonl"
+    teller = partial(ProcessTeller, seconds=0.5)
+    assert run_stand_in(questions, output, teller, window_rows=40, engine=POOL) == (40, 10)
+    assert len({row["answer"] for row in read(output) if row["error"] is None}) == 2
+
+
 def test_a_run_ends_where_no_actor_lives(cluster, questions, tmp_path):
     class Never(PixelTeller):
         def __init__(self):
@@ -146,66 +163,58 @@ def test_without_ray_a_sentence_says_how(questions, tmp_path, monkeypatch):
         run_stand_in(questions, tmp_path / "answers.jsonl", engine=POOL)
 
 
-class NodeTeller(PixelTeller):
-    """Answers with the node that it is on."""
-
-    def answer(self, unit, pictures):
-        answers = super().answer(unit, pictures)
-        node = ray.get_runtime_context().get_node_id()
-        return [answer | {"answer": node} for answer in answers]
-
-
 @contextmanager
-def two_nodes():
+def two_nodes(monkeypatch) -> Iterator[str]:
     """Two `ray start` processes on this machine, which end with the context; their address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     common = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
     common += ["--disable-usage-stats", "--object-store-memory", str(OBJECT_STORE)]
-    address = f"127.0.0.1:{port}"
-    head = ["--head", "--node-ip-address", "127.0.0.1", "--port", str(port)]
-    head += ["--include-dashboard", "false"]
-    nodes = []
-    try:
-        for options in (head, ["--address", address, "--node-ip-address", "127.0.0.1"]):
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            nodes.append(subprocess.Popen([*common, *options], **quiet))
-        yield address
-    finally:
-        for node in reversed(nodes):
-            node.terminate()
-        for node in nodes:
-            node.wait(60)
+    common += ["--node-ip-address", "127.0.0.1"]
+    head = ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false"]
+    with TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # paths of sockets are short
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        nodes = []
+        try:
+            for options in (head, ["--address", address]):
+                log = Path(folder, f"node_{len(nodes)}.log")
+                with open(log, "w") as file:
+                    nodes.append(subprocess.Popen([*common, *options], stdout=file, stderr=file))
+                wait_for("--block", log)
+            yield address
+        finally:
+            for node in reversed(nodes):
+                node.terminate()
+                node.wait(60)
+
+
+def wait_for(words: str, log: Path) -> None:
+    for _ in range(240):
+        if words in log.read_text():
+            return
+        time.sleep(0.5)
+    raise TimeoutError(log.read_text())
 
 
 @pytest.mark.slow
-def test_two_nodes_share_a_job(local, questions, tmp_path):
+def test_two_nodes_share_a_job(local, questions, tmp_path, monkeypatch):
     """`pytest tests/test_answer_ray.py -m slow`: an actor on each, with a stand-in and a model."""
-    ray.shutdown()
-    command, expected = local
-    with two_nodes() as address:
-        for _ in range(60):
-            time.sleep(2)
-            try:
-                ray.init(address, log_to_driver=False)
-            except ConnectionError:
-                continue
-            if len([node for node in ray.nodes() if node["Alive"]]) == 2:
-                break
-            ray.shutdown()
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        ray.cloudpickle.register_pickle_by_value(answering_stand_ins)
-        pool = RayPool(actors=2)
-        slow = partial(NodeTeller, seconds=0.5)
-        assert run_stand_in(questions, tmp_path / "nodes.jsonl", slow, engine=pool) == (40, 10)
-        found = [row["answer"] for row in read(tmp_path / "nodes.jsonl")]
-        assert len({node for node in found if node is not None}) == 2
-        ray.shutdown()
-        output = tmp_path / "answers.jsonl"
-        options = ["--engine", "ray", "--actors", "2", "--ray-address", address]
-        assert main([*command_of(command, output), *options]) == 0
-        assert read(output) == expected
+    can_run_stand_ins(monkeypatch)
+    pages, expected = local
+    nodes, answers = tmp_path / "nodes.jsonl", tmp_path / "answers.jsonl"
+    with two_nodes(monkeypatch) as address:
+        command = [sys.executable, STAND_IN, str(questions), str(nodes), "--ray", address]
+        command += ["--actors", "2", "--seconds", "1", "--reads", "--tell-nodes"]
+        subprocess.run(command, check=True, capture_output=True)
+        command = [sys.executable, "-m", "glimpseprune.cli", *command_of(pages, answers)]
+        command += ["--engine", "ray", "--actors", "2", "--ray-address", address]
+        subprocess.run(command, check=True, capture_output=True)
+    told = [row["answer"] for row in read(nodes) if row["error"] is None]
+    assert len(told) == 30 and len(set(told)) == 2
+    assert read(answers) == expected
 
 
 @pytest.mark.slow
@@ -214,6 +223,6 @@ def test_a_killed_run_over_ray_ends_in_the_same_file(questions, tmp_path, monkey
     can_run_stand_ins(monkeypatch)
     expected, output = tmp_path / "expected.jsonl", tmp_path / "answers.jsonl"
     run_stand_in(questions, expected)
-    command = [sys.executable, STAND_IN, str(questions), str(output), "--reads", "--ray"]
+    command = [sys.executable, STAND_IN, str(questions), str(output), "--reads", "--ray", "local"]
     assert run_until_done([*command, "--seconds", "1"], output, kills=3, within=1.0, seed=0) == 3
     assert output.read_bytes() == expected.read_bytes()

@@ -19,8 +19,12 @@ from .units import Unit
 
 TRIES = 3  # of a unit, before its rows are asked alone, and of a row then
 ROWS_TO_GIVE_UP = 8  # with no answer among them, which is no row's fault
-CPUS_TO_READ = 0.01  # reading waits more than it works, and actors may hold all processors
+READERS = 4  # of windows at once
 MOST_BLOCKS = 1000  # that windows are handed out in
+CONTEXT = {
+    "enable_progress_bars": False,
+    "target_max_block_size": 1,  # so that every unit is a block, and a task of an actor
+}
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,21 @@ class RayPool:
             for window in journal.open_windows()
         ]
         attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
-        resources = self._resources()
+        blocks, resources = min(len(windows), MOST_BLOCKS), self._resources()
         context = ray.data.DataContext.get_current()
-        shows_bars, context.enable_progress_bars = context.enable_progress_bars, False
+        before = {name: getattr(context, name) for name in CONTEXT}
+        for name, value in CONTEXT.items():
+            setattr(context, name, value)
         try:
             answers = (
-                ray.data.from_items(windows, override_num_blocks=min(len(windows), MOST_BLOCKS))
+                ray.data.from_items(windows, override_num_blocks=blocks)
                 .map_batches(
-                    read_units, fn_kwargs={"job": job}, batch_size=1, num_cpus=CPUS_TO_READ
+                    read_units,
+                    fn_kwargs={"job": job},
+                    batch_size=1,
+                    num_cpus=0,  # actors may hold all processors
+                    concurrency=min(READERS, blocks),
                 )
-                .repartition(target_num_rows_per_block=1)
                 .map_batches(
                     UnitAnswerer,
                     fn_constructor_args=(job, attempts, "num_gpus" in resources),
@@ -95,7 +104,8 @@ class RayPool:
                 )
             )
         finally:
-            context.enable_progress_bars = shows_bars
+            for name, value in before.items():
+                setattr(context, name, value)
         for row in answers.iter_rows():
             yield pickle.loads(row["answers"])
 

@@ -208,10 +208,10 @@ def test_two_nodes_share_a_job(local, questions, tmp_path, monkeypatch):
     with two_nodes(monkeypatch) as address:
         command = [sys.executable, STAND_IN, str(questions), str(nodes), "--ray", address]
         command += ["--actors", "2", "--seconds", "1", "--reads", "--tell-nodes"]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         command = [sys.executable, "-m", "glimpseprune.cli", *command_of(pages, answers)]
         command += ["--engine", "ray", "--actors", "2", "--ray-address", address]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
     told = [row["answer"] for row in read(nodes) if row["error"] is None]
     assert len(told) == 30 and len(set(told)) == 2
     assert read(answers) == expected

@@ -115,17 +115,29 @@ class ParquetFiles:
                     for group in range(metadata.num_row_groups)
                 ]
 
+        self._waiting: tuple[int, Iterator[Row]] | None = None  # behind the last range
+
     def __len__(self) -> int:
         return sum(rows for *_, rows in self.groups)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_waiting": None}
+
     def rows(self, start: int, stop: int) -> Iterator[Row]:
-        """The rows of a range."""
+        """The rows of a range; one that begins where the last ended goes on reading there."""
+        waiting, self._waiting = self._waiting, None
+        rows = waiting[1] if waiting and waiting[0] == start else self._rows_from(start)
+        taken = 0
+        for row in islice(rows, stop - start):
+            taken += 1
+            yield row
+        self._waiting = start + taken, rows
+
+    def _rows_from(self, start: int) -> Iterator[Row]:
         first = 0
         for path, group, rows in self.groups:
-            if first < stop and start < first + rows:
+            if start < first + rows:
                 for number, fields in enumerate(self._of_group(path, group), first):
-                    if number >= stop:
-                        return
                     if number >= start:
                         yield row_of(number, fields.as_py(), self.folder)
             first += rows

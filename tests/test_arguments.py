@@ -219,8 +219,10 @@ def test_every_argument_of_the_stock_forward_is_taken(shared_models, build_batch
     for name in names:
         inputs = batch.inputs | {name: values[name]}
         if name == "inputs_embeds":
-            positions_from_ids = models.pruned.model.positions_from_ids
-            inputs["position_ids" if positions_from_ids else "input_ids"] = None
+            takes_both = models.pruned.model.takes_ids_beside_embeddings
+            inputs["position_ids" if takes_both else "input_ids"] = None
+            if models.pruned.model.positions_from_ids and not takes_both:
+                inputs["position_ids"] = values["position_ids"]
         outputs = call_at(level, models.pruned, inputs, **SETTINGS)
         found = outputs.logits if level == "model" else outputs.last_hidden_state
         assert_near(found, expected, 1e-5)

@@ -4,7 +4,6 @@ The tests need Ray (`pip install '.[ray]'`) and skip without it.
 """
 
 import json
-import os
 import random
 import secrets
 import socket
@@ -28,6 +27,7 @@ from answering_stand_ins import (
 )
 from PIL import Image
 
+from glimpseprune.answering.journal import beside
 from glimpseprune.answering.ray_engine import RayPool
 from glimpseprune.cli import main
 from glimpseprune.tiny_world.dataset import write_pages
@@ -134,17 +134,27 @@ def test_actors_that_die_are_started_again(cluster, questions, tmp_path):
     assert others == read(expected)[1:]
 
 
-def test_actors_share_a_window(cluster, questions, tmp_path):
-    """What goes to an actor is a unit, not all that was read together."""
-
-    class ProcessTeller(PixelTeller):
-        def answer(self, unit, pictures):
-            return [row | {"answer": str(os.getpid())} for row in super().answer(unit, pictures)]
-
+def test_answers_come_unit_by_unit(cluster, questions, tmp_path):
+    """What goes through an actor is a unit, not all that was read together."""
     output = tmp_path / "answers.jsonl"
-    teller = partial(ProcessTeller, seconds=0.5)
-    assert run_stand_in(questions, output, teller, window_rows=40, engine=POOL) == (40, 10)
-    assert len({row["answer"] for row in read(output) if row["error"] is None}) == 2
+
+    def lines() -> list[str]:
+        return beside(output, "journal").read_text().splitlines()
+
+    class Waits(PixelTeller):
+        answered = 0
+
+        def answer(self, unit, pictures):
+            begun = time.monotonic()
+            while len(lines()) < self.answered and time.monotonic() - begun < 20:
+                time.sleep(0.1)
+            self.answered += 1
+            written = str(len(lines()))
+            return [row | {"answer": written} for row in super().answer(unit, pictures)]
+
+    assert run_stand_in(questions, output, Waits, window_rows=40, engine=RayPool(1)) == (40, 10)
+    told = {row["answer"] for row in read(output) if row["error"] is None}
+    assert told < {"0", "1", "2", "3"} and len(told) == 3  # one of four images is none
 
 
 def test_a_run_ends_where_no_actor_lives(cluster, questions, tmp_path):

@@ -106,8 +106,9 @@ class RayPool:
         finally:
             for name, value in before.items():
                 setattr(context, name, value)
-        for row in answers.iter_rows():
-            yield pickle.loads(row["answers"])
+        # Nothing is fetched ahead, as what waits here is lost with this process.
+        for batch in answers.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from map(pickle.loads, batch["answers"])
 
     def _resources(self) -> dict[str, object]:
         """What the pool is made of, as `map_batches` takes it."""

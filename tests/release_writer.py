@@ -1,6 +1,6 @@
 """`release_writer.py FOLDER` writes repositories with the installed release of transformers.
 
-For each family one by a conversion of a base as published, and one as training leaves it. Beside
+For each family of `NAMES` one by a conversion of a base as published, and one as training leaves it. Beside
 each lies what this release makes of it: ids of prompts, and logits of a text.
 """
 
@@ -19,13 +19,15 @@ from conversion.repository import write_repository as write_converted
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.repository import write_repository as write_trained
 
+NAMES = ("qwen2_5_vl", "llava", "llava_next")  # of Qwen3-VL see test_qwen3_vl.py
 PICTURE = np.zeros((40, 30, 3), np.uint8)
 QWEN_PROMPTS = ("<|vision_start|><|image_pad|><|vision_end|> What is here?", "Who  is\n\nhere?")
 GLIMPSE = {"vision_layers": [1, 0]} | llava_base.GLIMPSE
 
 
 def write_all(folder: Path) -> None:
-    for name, classes in FAMILIES.items():
+    for name in NAMES:
+        classes = FAMILIES[name]
         base = folder / f"{name}-base"
         if name == "qwen2_5_vl":
             test_conversion.write_base(base)

@@ -45,6 +45,7 @@ WRONG = {  # the tiny models of every family have three decoder layers and three
     "predictor_num_heads": [0, -2, 3, 16, 2.0, *NO_NUMBERS],
     "predictor_hidden_act": ["sillu", None, 1, ["silu"]],
     "predictor_windowed": NO_FLAGS,
+    "redundant_patches": [-1, 256, math.nan, "16", [0], True],
     "anchor_corners": [["top"], ["top_left", "middle"], [["top_left"]], [0], "top_left", None],
     "prune_threshold": [7, -0.1, 1.5, math.nan, math.inf, *NO_NUMBERS],
     "max_keep_ratio": [0.0, -0.5, 1.01, math.nan, "1", [1], True],

@@ -230,7 +230,8 @@ def test_its_parts(shared_models):
         assert model.can_generate()
         assert model.get_output_embeddings() is model.lm_head
     for part in (lambda model: model, lambda model: model.model):
-        assert type(part(pruned).get_decoder()).__mro__[2] is type(part(stock).get_decoder())
+        decoders = [type(part(model).get_decoder()) for model in (pruned, stock)]
+        assert issubclass(*decoders) and decoders[0].__name__.endswith(decoders[1].__name__)
         assert part(pruned).get_input_embeddings() is pruned.model.language_model.embed_tokens
     counted = sum(weight.numel() for weight in pruned.model.glimpse.parameters())
     assert pruned.num_parameters() - counted == stock.num_parameters()

@@ -1,7 +1,7 @@
 """`release_writer.py FOLDER` writes repositories with the installed release of transformers.
 
-For each family of `NAMES` one by a conversion of a base as published, and one as training leaves it. Beside
-each lies what this release makes of it: ids of prompts, and logits of a text.
+For each family of `NAMES` one by a conversion of a base as published, and one as training leaves
+it. Beside each lies what this release makes of it: ids of prompts, and logits of a text.
 """
 
 import json

@@ -155,7 +155,7 @@ def kept_of_images(processor: ProcessorMixin, folder: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
-    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--questions", type=int, default=1000, help="0: images alone")
     parser.add_argument("--validation-questions", type=int, default=400)
     parser.add_argument("--images", type=Path, nargs="*", default=[])
     parser.add_argument("--output", type=Path, required=True)
@@ -164,7 +164,7 @@ def main() -> None:
     report: dict = {"settings": describe_machine("cpu") | {"questions": arguments.questions}}
     report["settings"]["validation_questions"] = arguments.validation_questions
     report["pages"] = {}
-    for name, settings in PAGES.items():
+    for name, settings in PAGES.items() if arguments.questions else ():
         tolerance = widest_tolerance(model, processor, settings, arguments.validation_questions)
         samples = samples_of(settings, "test", arguments.questions, 0)
         rows = {}

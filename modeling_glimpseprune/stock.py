@@ -327,13 +327,13 @@ def keep_out_of_quantisation(model: PreTrainedModel, path: str) -> None:
 def backbone_names(model_class: type[PreTrainedModel], key_mapping: dict | None) -> dict:
     """The argument with which a backbone finds its weights in a whole model's repository.
 
-    transformers 5 takes away the prefix `model.` itself; transformers 4 does, too, but not where
-    names of the file lack it before they are mapped.
+    transformers takes away the prefix `model.` itself, but before 5.24 not where names of the file
+    lack it before they are mapped.
 
     Args:
         key_mapping: regular expression -> replacement, which gives names of the whole model.
     """
-    if TRANSFORMERS_5:
+    if TRANSFORMERS_5 and not key_mapping:
         return {}
     key_mapping = key_mapping or model_class._checkpoint_conversion_mapping
     own = {pattern: name.removeprefix("model.") for pattern, name in key_mapping.items()}

@@ -342,11 +342,12 @@ def test_attention_is_asked_for_when_loading(family, batch, tmp_path):
 
 @torch.no_grad()
 def test_weights_that_are_fetched_when_needed(family, batch, mode, tmp_path):
-    """By accelerate, from memory and from disk."""
+    """By accelerate, from memory and from disk; older Qwen3-VL cannot, stock or not."""
     models = made(family, "apart")
     for name, model in zip(("stock", "pruned"), models, strict=True):
         if mode == UNPRUNED:
             cpu_offload(model, torch.device("cpu"))
         else:
             disk_offload(model, str(tmp_path / name), torch.device("cpu"))
-    compare(call(batch.inputs), pair_of(models, mode, batch))
+    raises = NotImplementedError if family == "qwen3_vl" else ()
+    compare(call(batch.inputs), pair_of(models, mode, batch), raises=raises)

@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from .assisted_decoding import AssistedDecodingMixin  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
+from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
 from .encode_choice import EncodeChoice  # noqa: F401

@@ -17,6 +17,7 @@ from transformers import (
 from .assisted_decoding import HELD  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
+from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
 from .encode_choice import EncodeChoice  # noqa: F401

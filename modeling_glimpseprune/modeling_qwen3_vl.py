@@ -9,6 +9,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from .assisted_decoding import HELD  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen3VLConfig
+from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import MLP_CHUNK  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
 from .encode_choice import EncodeChoice  # noqa: F401

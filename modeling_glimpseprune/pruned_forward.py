@@ -6,13 +6,14 @@ the glimpse token to the prompt, runs the prompt as `Prefill` says, and what sta
 block over the pruned cache. Callers keep seeing the prompt's full length.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .decoder_call import DecoderCall
 from .decoder_run import DecoderRun
 from .layer_additions import LayerAdditions
 from .layer_outputs import LayerOutputs, spread
@@ -23,89 +24,9 @@ from .pruned_cache import PrunedLayer, adopt_layers, pruned_layer, slot_columns,
 from .pruning_arguments import refuse_unknown_tensors
 from .row_boundaries import AlignedRows
 from .stock import given_cache, outputs_with_cache, take_cache
-from .token_block import TokenBlock
 from .visual_tokens import VisualTokens
 
 SOFT_ATTENTIONS = ("eager", "sdpa")
-
-
-@dataclass
-class _Call:
-    """The tokens of one call: the prompt and what stands behind it.
-
-    Attributes:
-        inputs_embeds: `(batch, length, hidden)`.
-        attention_mask: `(batch, past and length)`, or None.
-        position_ids: `(..., batch, length)`, the family's rotary positions.
-        prompt_length: tokens of the prompt.
-        held_length: tokens in front of them that a prefix holds, which are part of the prompt.
-        additions: what visuals add to them between layers.
-    """
-
-    inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor
-    prompt_length: int
-    held_length: int = 0
-    additions: LayerAdditions | None = None
-
-    @property
-    def length(self) -> int:
-        return self.inputs_embeds.shape[1]
-
-    @property
-    def next_position(self) -> torch.Tensor:
-        """`(batch,)`, the position at which the answer (and the glimpse) starts."""
-        positions = self.position_ids[..., : self.prompt_length]
-        last = positions.reshape(-1, len(self.inputs_embeds), self.prompt_length)[..., -1]
-        return last.amax(dim=0) + 1
-
-    def hiding(self, tokens: VisualTokens, past: int) -> "_Call":
-        """The same call, in which nothing sees the visual tokens that were not encoded.
-
-        Args:
-            past: tokens that the cache holds.
-        """
-        batch, unseen = len(self.inputs_embeds), ~tokens.encoded
-        mask = self.attention_mask
-        if mask is None:
-            mask = tokens.rows.new_ones(batch, past + self.length)
-        mask = mask.clone()
-        mask[tokens.rows[unseen], past + tokens.columns[unseen]] = 0
-        return replace(self, attention_mask=mask)
-
-    def block(self, part: slice, past: PrunedLayer) -> TokenBlock:
-        """Some of the tokens, with the mask lined up with the cache.
-
-        Args:
-            part: the tokens to run; those before it are in the cache already.
-            past: the cache's first layer.
-        """
-        states, position_ids = self.inputs_embeds[:, part], self.position_ids[..., part]
-        length, mask = states.shape[1], self.attention_mask
-        if mask is not None:
-            mask = mask[:, : past.get_seq_length() + length]
-        mask = slot_mask(past, mask, length)
-        if mask is not None:
-            mask = mask[:, past.dropped :].to(states.device, torch.bool)
-        past_slots = past.physical_length
-        end = self.prompt_length - part.start
-        end = end if 0 < end <= length else length
-        added = {} if self.additions is None else self.additions.laid_out(self.inputs_embeds)
-        return TokenBlock(
-            states,
-            position_ids,
-            mask,
-            length,
-            past_slots,
-            past.dropped,
-            slot_columns(past, past_slots, states.device),
-            prompt_start=past_slots - part.start - self.held_length,
-            prompt_length=self.held_length + self.prompt_length,
-            glimpse_slice=slice(end, end),
-            next_position=self.next_position,
-            additions={layer: each[:, part] for layer, each in added.items()},
-        )
 
 
 class PrunedForwardMixin:
@@ -236,21 +157,25 @@ class PrunedForwardMixin:
         position_ids: torch.Tensor | None,
         cache: DynamicCache,
         request: PruneRequest,
-    ) -> _Call:
+    ) -> DecoderCall:
         positions = self.rotary_position_ids(position_ids, inputs_embeds, cache.get_seq_length())
         length = inputs_embeds.shape[1]
         prompt_length = length if request.prompt_length is None else request.prompt_length
         held_length = 0 if request.held is None else request.held.length
         if isinstance(prompt_length, torch.Tensor):
-            return _Call(inputs_embeds, attention_mask, positions, length)
+            return DecoderCall(inputs_embeds, attention_mask, positions, length)
         if not 0 < prompt_length <= length:
             raise ValueError(f"prompt_length must lie in 1..{length}, got {prompt_length}")
         start = 0 if request.held is None else request.held.logical_length
         _check_visuals_in_prompt(request.tokens, start + prompt_length, start + length)
-        return _Call(inputs_embeds, attention_mask, positions, prompt_length, held_length)
+        return DecoderCall(inputs_embeds, attention_mask, positions, prompt_length, held_length)
 
     def _run_aligned(
-        self, run: DecoderRun, call: _Call, request: PruneRequest, asked: bool | int | list[int]
+        self,
+        run: DecoderRun,
+        call: DecoderCall,
+        request: PruneRequest,
+        asked: bool | int | list[int],
     ) -> BaseModelOutputWithPast:
         """Run rows whose prompts end at different columns, each cut at its own boundary.
 
@@ -263,7 +188,7 @@ class PrunedForwardMixin:
                 "the right"
             )
         rows = AlignedRows(request.prompt_length, call.length, call.attention_mask)
-        moved = _Call(
+        moved = DecoderCall(
             rows.move(call.inputs_embeds),
             rows.attention_mask,
             rows.move_positions(call.position_ids),
@@ -280,7 +205,9 @@ class PrunedForwardMixin:
             states = tuple(each if each is None else rows.move_back(each) for each in states)
         return outputs_with_cache(rows.move_back(last_hidden_state), None, hidden_states=states)
 
-    def _run_pruned(self, run: DecoderRun, call: _Call, request: PruneRequest) -> torch.Tensor:
+    def _run_pruned(
+        self, run: DecoderRun, call: DecoderCall, request: PruneRequest
+    ) -> torch.Tensor:
         """Hidden states `(batch, length, hidden)` after the final norm, as the caller sees them."""
         end = call.length if request.in_place else call.prompt_length
         ahead = self._tokens_ahead(call.prompt_length, request)
@@ -315,7 +242,7 @@ class PrunedForwardMixin:
     def _run_block(
         self,
         run: DecoderRun,
-        call: _Call,
+        call: DecoderCall,
         part: slice,
         request: PruneRequest,
         past_log_keep: torch.Tensor | None = None,

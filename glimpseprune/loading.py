@@ -94,23 +94,6 @@ def prepare(
     return processor(images=images, text=texts, padding=True, return_tensors="pt", **over)
 
 
-def prompt_tokens(
-    processor: ProcessorMixin, texts: list[str], placeholders: list[list[int]]
-) -> dict:
-    """Ids of whole prompts, left-padded, whose images are known and not read again.
-
-    Args:
-        texts: prompts of the chat template, with one placeholder an image.
-        placeholders: of each prompt, how many each of its images takes.
-    """
-    token, laid_out = processor.image_token, []
-    for text, counts in zip(texts, placeholders, strict=True):
-        first, *others = text.split(token)
-        parts = (token * count + part for count, part in zip(counts, others, strict=True))
-        laid_out.append(first + "".join(parts))
-    return processor.tokenizer(laid_out, padding=True, return_tensors="pt")
-
-
 def prompt_texts(
     processor: ProcessorMixin, questions: list[str], with_images: bool = True
 ) -> list[str]:

@@ -10,7 +10,7 @@ from modeling_glimpseprune.stock import ENCODES_FIRST, given_cache
 from modeling_glimpseprune.visual_features import VisualFeatures
 
 from .baselines.method import PreparedBatch
-from .loading import prepare, prompt_texts, prompt_tokens
+from .loading import prepare
 from .sample import Sample
 
 
@@ -71,8 +71,8 @@ class Questions:
         prefix = self.model.look(**inputs, prune_layer=look_layer)
         self.seconds += time.perf_counter() - start
         prefix = prefix.select_rows(self._image_of_row)
-        tokens = self._tokens().to(self.model.device)
-        prompts = prefix.prompts(tokens["input_ids"], tokens["attention_mask"])
+        questions = [sample.question for sample in self.samples]
+        prompts = dict(prepare(self.processor, None, questions, prefix).to(self.model.device))
         prompts |= given_cache(prefix)
         counts = [counts[image] for image in self._image_of_row]
         return PreparedBatch(self.samples, prompts, counts, prompts)
@@ -96,13 +96,6 @@ class Questions:
         images = [sample.image for sample in samples]
         questions = [sample.question for sample in samples]
         return prepare(self.processor, images if images[0] is not None else None, questions)
-
-    def _tokens(self) -> dict:
-        """Ids of every whole prompt, without reading an image again."""
-        layouts = self.processor.image_layouts(self._different)
-        texts = prompt_texts(self.processor, [sample.question for sample in self.samples])
-        placeholders = [[layouts[image].placeholders] for image in self._image_of_row]
-        return prompt_tokens(self.processor, texts, placeholders)
 
 
 def _with_features(model: PreTrainedModel, inputs: dict, features: VisualFeatures) -> dict:

@@ -7,7 +7,7 @@ import pytest
 
 from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.harness.measured_generation import LookedPrompts, generate_measured
-from glimpseprune.loading import TINY_MODEL, load_model, prepare, prompt_texts, prompt_tokens
+from glimpseprune.loading import TINY_MODEL, load_model, prepare, prompt_texts
 
 CAP = 0.111
 OPTIONS = {"max_keep_ratio": CAP, "max_new_tokens": 8}
@@ -34,9 +34,7 @@ def test_costs_say_what_part_was_the_look(tiny, samples):
     fresh, costs = generate_measured(model, processor, whole, **OPTIONS)
     assert all(cost.seconds_of_look == 0 for cost in costs)
     one = prepare(processor, [about_one[0].image], questions[:1])
-    visual = costs[0].visual_tokens
-    tokens = prompt_tokens(processor, prompt_texts(processor, questions), [[visual]] * 4)
-    looked = LookedPrompts(tokens, [0] * 4)
+    looked = LookedPrompts(prompt_texts(processor, questions), [0] * 4)
     answers, others = generate_measured(model, processor, one, looked, **OPTIONS)
     assert answers == fresh
     for cost, expected in zip(others, costs, strict=True):

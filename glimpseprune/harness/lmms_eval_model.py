@@ -12,7 +12,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ..loading import load_model, prompt_tokens
+from ..loading import load_model
 from .measured_generation import Cost, LookedPrompts, generate_measured
 
 AGGREGATED = (
@@ -160,10 +160,7 @@ class GlimpsePrune(lmms):
         inputs = self.processor(images=flat or None, text=shown, padding=True, return_tensors="pt")
         looked = None
         if len(different) < len(texts):
-            layouts = iter(self.processor.image_layouts(inputs))
-            taken = [[next(layouts).placeholders for _ in images[row]] for row in different]
-            tokens = prompt_tokens(self.processor, texts, [taken[row] for row in begins_with])
-            looked = LookedPrompts(tokens, begins_with)
+            looked = LookedPrompts(texts, begins_with)
         asked = requests[0].args[2]
         answers, costs = generate_measured(
             self.model,

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from transformers import (
-    BatchEncoding,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -49,11 +48,11 @@ class LookedPrompts:
     """Whole prompts some of which begin with the same images and words.
 
     Attributes:
-        tokens: ids and mask of all of them, as the tokenizer made them.
+        texts: all of them, as the chat template made them.
         begins_with: for each of them, which of the prompts looked at it begins with.
     """
 
-    tokens: BatchEncoding
+    texts: list[str]
     begins_with: list[int]
 
 
@@ -99,8 +98,8 @@ def generate_measured(
     if looked is not None:
         prefix = model.look(**inputs).select_rows(looked.begins_with)
         counts = [counts[row] for row in looked.begins_with]
-        tokens = looked.tokens.to(model.device)
-        inputs = prefix.prompts(tokens["input_ids"], tokens["attention_mask"]) | given_cache(prefix)
+        prompts = processor(text=looked.texts, prefix=prefix).to(model.device)
+        inputs = dict(prompts) | given_cache(prefix)
         seconds_of_look = clock.now() - clock.times[0]
     generated = model.generate(
         **inputs,

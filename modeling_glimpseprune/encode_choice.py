@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 
 ENCODE_ARGUMENTS = ("redundant_patches", "visual_encode_mask")
+NONE_BEHIND = (
+    "redundant_patches and visual_encode_mask are for visuals behind the prefix, and there are "
+    "none: give them to look"
+)
 
 
 @dataclass(frozen=True)

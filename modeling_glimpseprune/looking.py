@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .encode_choice import ENCODE_ARGUMENTS, NONE_BEHIND
 from .fingerprints import fingerprint
 from .given_visuals import GivenVisual
 from .glimpse_prefix import GlimpsePrefix, PrefixOrigin, check_made_by
@@ -53,6 +54,7 @@ class LookingMixin:
         if isinstance(cache, GlimpsePrefix):
             given = self.over_prefix(cache, given)
         ids, mask = given.pop("input_ids"), given.pop("attention_mask")
+        self._check_looked_at(given)
         mask = torch.ones_like(ids) if mask is None else mask.long()
         past = past_length(cache)
         given = self.model.drop_cached_visuals(ids, past, given)
@@ -116,10 +118,7 @@ class LookingMixin:
         ids = inputs["input_ids"]
         brought = self.model.drop_cached_visuals(ids, past_length(prefix), inputs)
         if self.model.asks_for_part(inputs) and not self.model.place_visuals(ids, brought):
-            raise ValueError(
-                "redundant_patches and visual_encode_mask are for visuals behind the prefix, and "
-                "there are none: give them to look"
-            )
+            raise ValueError(NONE_BEHIND)
         pixels = prefix.begun(len(ids)).pixels
         for visual in self.model.place_visuals(ids, inputs):
             if (expected := pixels[visual.row].get(visual.first)) not in (None, visual.hash):
@@ -136,6 +135,23 @@ class LookingMixin:
         inputs = self.model.drop_cached_visuals(inputs["input_ids"], past, inputs)
         ids = inputs["input_ids"][:, past:]
         return self._with_types(ids, inputs) | {"input_ids": ids} | given_cache(prefix)
+
+    def _check_looked_at(self, given: dict) -> None:
+        """Refuse arguments of `look` that it would ignore.
+
+        Raises:
+            ValueError: naming them.
+        """
+        names = {"prune_layer", "mm_token_type_ids", "mm_encoder_outputs", *ENCODE_ARGUMENTS}
+        for of_kind in (*self.model.visual_inputs.values(), *self.model.visual_notes.values()):
+            names |= set(of_kind)
+        unknown = sorted(name for name, value in given.items() if value is not None)
+        if unknown := [name for name in unknown if name not in names]:
+            raise ValueError(
+                f"look does not take {', '.join(unknown)}: give it the prompts, what comes with "
+                "them from the processor, and prune_layer; settings of a question go with the "
+                "question"
+            )
 
     def _ends(
         self, ids: torch.LongTensor, mask: torch.Tensor, past: int, prefix_length: int | None

@@ -53,6 +53,8 @@ class CheckedProcessorMixin(PrefixProcessingMixin):
         if prefix is not None:
             if videos is not None:
                 raise ValueError("a prefix takes images behind it, no videos: give whole inputs")
+            if text is None:
+                raise ValueError("a prefix takes the text of whole prompts: give text")
             return self.over_prefix(prefix, text, images, **kwargs)
         if images is not None:
             images = read_images(images)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from transformers.cache_utils import Cache
 
-from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
+from .encode_choice import ENCODE_ARGUMENTS, NONE_BEHIND, EncodeChoice
 from .given_visuals import GivenVisualsMixin
 from .glimpse import Glimpse
 from .glimpse_prefix import GlimpsePrefix, check_made_by
@@ -88,7 +88,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             inputs_embeds = self.get_input_embeddings()(input_ids)
         held = None
         if isinstance(cache, GlimpsePrefix):
-            cache, held = self._fork(cache, len(inputs_embeds), kwargs)
+            cache, held = self._fork(cache, inputs_embeds, kwargs)
         describes = arguments.prune is not False or past_length(cache) > 0
         choice = self._encode_choice(arguments, mm_encoder_outputs)
         encoded = self._encode(mm_encoder_outputs, kwargs, describes, choice, input_ids)
@@ -102,6 +102,8 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             raise ValueError("this prompt has no image or video to look at")
         has_visuals, is_fresh = bool(encoded), not past_length(cache)
         placeholders = self.placeholders(input_ids, masks)
+        if held is not None and not encoded:
+            self._check_brings_none(arguments, placeholders)
         if has_visuals and not is_fresh:
             position_ids = self.turn_positions(
                 input_ids, position_ids, inputs_embeds, cache, encoded, kwargs
@@ -166,18 +168,44 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             )
         return EncodeChoice() if arguments.prune is False else self.encode_choice(given)
 
-    def _fork(self, prefix: GlimpsePrefix, batch: int, inputs: dict) -> tuple[Cache, HeldPrompt]:
+    def _fork(
+        self, prefix: GlimpsePrefix, inputs_embeds: torch.Tensor, inputs: dict
+    ) -> tuple[Cache, HeldPrompt]:
         """What a call over a prefix goes on with.
 
         Raises:
-            ValueError: when the prefix was made by other weights, or no cache is wanted.
+            ValueError: when the prefix was made by other weights, no cache is wanted, or the tokens
+                are not those behind it.
         """
         if inputs.get("use_cache") is False:
             raise ValueError(
                 "use_cache=False cannot be combined with a prefix, which is a cache: leave one out"
             )
+        length, mask = past_length(prefix) + inputs_embeds.shape[1], inputs.get("attention_mask")
+        if mask is not None and mask.shape[-1] != length:
+            raise ValueError(
+                f"over a prefix of {past_length(prefix)} tokens forward takes the ids behind it, "
+                f"and a mask of both ({length} columns here), as over any cache; got a mask of "
+                f"{mask.shape[-1]} columns. generate and glimpse take whole prompts"
+            )
         check_made_by(prefix, self)
-        return prefix.fork(batch)
+        return prefix.fork(len(inputs_embeds))
+
+    def _check_brings_none(
+        self, arguments: PruningArguments, placeholders: torch.Tensor | None
+    ) -> None:
+        """Refuse tokens over a prefix that speak of visuals, where none were given.
+
+        Raises:
+            ValueError: for placeholders, and for arguments that say what to encode.
+        """
+        if placeholders is not None and bool(placeholders.any()):
+            raise ValueError(
+                "the tokens behind the prefix hold placeholders, but no image or video was given "
+                "for them: forward takes new tokens alone, generate and glimpse whole prompts"
+            )
+        if self.asks_for_part({name: getattr(arguments, name) for name in ENCODE_ARGUMENTS}):
+            raise ValueError(NONE_BEHIND)
 
     def _positions(
         self,

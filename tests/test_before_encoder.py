@@ -418,6 +418,9 @@ class TestBadInput:
         prefix = given_cache(model.look(**inputs))
         with pytest.raises(ValueError, match="visuals behind the prefix, and there are none"):
             model.generate(**inputs, **prefix, redundant_patches=0, max_new_tokens=2)
+        question = {"input_ids": torch.tensor([[5, 6]]), **prefix, "redundant_patches": 0}
+        with pytest.raises(ValueError, match="visuals behind the prefix, and there are none"):
+            model(**question)
 
     @pytest.mark.parametrize("family", ["llava", "llava_next"])
     def test_other_families(self, family):

@@ -86,6 +86,8 @@ class TestOverPrefix:
             processor(text=text_of(processor, None), prefix=prefix)
         with pytest.raises(ValueError, match="return_tensors='pt', got 'np'"):
             processor(text=text, prefix=prefix, return_tensors="np")
+        with pytest.raises(ValueError, match="give text"):
+            processor(prefix=prefix)
         with pytest.raises(ValueError, match="no videos"):
             processor(text=text, videos=[[picture()]], prefix=prefix)
 

@@ -462,6 +462,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match="give prefix_length to take text"):
             model.look(**row, **given_cache(prefix))
 
+    @pytest.mark.parametrize(
+        "given", [{"prun_layer": 1}, {"prune_threshold": 0.3}, {"position_ids": torch.zeros(1)}]
+    )
+    def test_a_look_swallows_nothing(self, over, given):
+        model, row, prefix = over
+        with pytest.raises(ValueError, match=f"look does not take {next(iter(given))}"):
+            model.look(**row, **given)
+
+    def test_whole_prompts_in_forward(self, over):
+        """With and without a mask that tells."""
+        model, row, prefix = over
+        with pytest.raises(ValueError, match="forward takes the ids behind it"):
+            model(**row, **given_cache(prefix))
+        with pytest.raises(ValueError, match="hold placeholders, but no image or video was given"):
+            model(input_ids=row["input_ids"], **given_cache(prefix))
+
     @pytest.mark.parametrize("length", [0, -1, 999])
     def test_prefix_lengths(self, over, length):
         model, row, prefix = over

@@ -25,17 +25,19 @@ def samples():
     return read_samples(None, None, 8, seed=1)
 
 
-def test_costs_say_what_part_was_the_look(tiny, samples):
+@pytest.mark.parametrize("settings", [{}, {"prune_layer": 0}])
+def test_costs_say_what_part_was_the_look(tiny, samples, settings):
     model, processor = tiny
+    options = OPTIONS | settings
     about_one = samples[:4]
     assert len({id(sample.image) for sample in about_one}) == 1
     questions = [sample.question for sample in about_one]
     whole = prepare(processor, [sample.image for sample in about_one], questions)
-    fresh, costs = generate_measured(model, processor, whole, **OPTIONS)
+    fresh, costs = generate_measured(model, processor, whole, **options)
     assert all(cost.seconds_of_look == 0 for cost in costs)
     one = prepare(processor, [about_one[0].image], questions[:1])
     looked = LookedPrompts(prompt_texts(processor, questions), [0] * 4)
-    answers, others = generate_measured(model, processor, one, looked, **OPTIONS)
+    answers, others = generate_measured(model, processor, one, looked, **options)
     assert answers == fresh
     for cost, expected in zip(others, costs, strict=True):
         assert 0 < cost.seconds_of_look < cost.seconds_to_first_token

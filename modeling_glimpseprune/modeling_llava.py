@@ -18,6 +18,9 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .assisted_decoding import AssistedDecodingMixin  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
+from .call_checks import check_boundary  # noqa: F401
+from .choosing import choose  # noqa: F401
+from .compaction import compact  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaConfig
 from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import run_layer  # noqa: F401
@@ -40,7 +43,7 @@ from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import ATTENTION_MAPS  # noqa: F401
-from .prefill import UNTRAINED  # noqa: F401
+from .prefill import Prefill  # noqa: F401
 from .prefix_file import write_parts  # noqa: F401
 from .prompt_layout import padded_left  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
@@ -50,12 +53,14 @@ from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
 from .pruning_generation import PruningGenerationMixin
 from .redundant_patches import GREY_LEVELS  # noqa: F401
+from .repeated_inputs import RepeatedInputsMixin  # noqa: F401
 from .row_boundaries import AlignedRows  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401
 from .shared_layer import shared_cache  # noqa: F401
 from .stock import clip_transformer
 from .token_block import TokenBlock  # noqa: F401
+from .token_positions import TokenPositionsMixin  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import VisualFeatures, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401

@@ -13,6 +13,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from .assisted_decoding import AssistedDecodingMixin  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
+from .call_checks import check_form  # noqa: F401
+from .choosing import choose  # noqa: F401
+from .compaction import kept_counts  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneLlavaNextConfig
 from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import run_layer  # noqa: F401
@@ -36,7 +39,7 @@ from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import LowRankAddition  # noqa: F401
 from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
-from .prefill import UNTRAINED  # noqa: F401
+from .prefill import Prefill  # noqa: F401
 from .prefix_file import FORMAT  # noqa: F401
 from .prompt_layout import padded_left  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
@@ -44,14 +47,16 @@ from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
-from .pruning_generation import ENCODED  # noqa: F401
+from .pruning_generation import completion_start  # noqa: F401
 from .redundant_patches import CHANNELS  # noqa: F401
+from .repeated_inputs import ENCODED  # noqa: F401
 from .row_boundaries import first_labelled  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .shared_layer import SharedLayer  # noqa: F401
 from .stock import given_cache  # noqa: F401
 from .token_block import TokenBlock  # noqa: F401
+from .token_positions import TokenPositionsMixin  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import ImageView, VisualFeatures, token_geometry
 from .visual_tokens import VisualTokens  # noqa: F401

@@ -16,6 +16,9 @@ from transformers import (
 
 from .assisted_decoding import HELD  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
+from .call_checks import check_covered  # noqa: F401
+from .choosing import SCORED_AT_ONCE  # noqa: F401
+from .compaction import seal  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen2_5_VLConfig
 from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import run_layer  # noqa: F401
@@ -38,7 +41,7 @@ from .left_out import leave_out  # noqa: F401
 from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import low_rank_additions  # noqa: F401
-from .prefill import UNTRAINED  # noqa: F401
+from .prefill import Prefill  # noqa: F401
 from .prefix_file import read_parts  # noqa: F401
 from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
@@ -49,12 +52,14 @@ from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin
 from .pruning_generation import PruningGenerationMixin
 from .redundant_patches import telling_tokens  # noqa: F401
+from .repeated_inputs import RepeatedInputsMixin  # noqa: F401
 from .row_boundaries import IGNORED_LABEL  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .shared_layer import SharedLayer  # noqa: F401
 from .stock import AS_OUTPUT, cache_of, encoder_fields, token_types
 from .token_block import TokenBlock  # noqa: F401
+from .token_positions import TokenPositionsMixin  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import VisualFeatures, tap_outputs, token_geometry, whole_images
 from .visual_tokens import VisualTokens  # noqa: F401

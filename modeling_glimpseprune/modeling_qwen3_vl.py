@@ -8,6 +8,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from .assisted_decoding import HELD  # noqa: F401
 from .base_weights import located_weights  # noqa: F401
+from .call_checks import check_prunable  # noqa: F401
+from .choosing import SCORED_AT_ONCE  # noqa: F401
+from .compaction import UNTRAINED  # noqa: F401
 from .configuration_glimpseprune import GlimpsePruneQwen3VLConfig
 from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import MLP_CHUNK  # noqa: F401
@@ -31,7 +34,7 @@ from .look_ahead import LookAhead  # noqa: F401
 from .looking import LookingMixin  # noqa: F401
 from .low_rank import STALE_MAPS  # noqa: F401
 from .modeling_qwen2_5_vl import QwenBackboneMixin, QwenGenerationMixin, QwenTextMixin
-from .prefill import UNTRAINED  # noqa: F401
+from .prefill import Prefill  # noqa: F401
 from .prefix_file import write_parts  # noqa: F401
 from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
@@ -40,19 +43,17 @@ from .pruned_cache import PrunedLayer  # noqa: F401
 from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin  # noqa: F401
-from .pruning_generation import ENCODED  # noqa: F401
+from .pruning_generation import completion_start  # noqa: F401
+from .qwen3_vl_calls import multimodal_positions, with_layers_shown
 from .redundant_patches import telling_tokens  # noqa: F401
+from .repeated_inputs import VISUAL_MASKS  # noqa: F401
 from .row_boundaries import AlignedRows  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import corner_tokens  # noqa: F401
 from .shared_layer import shared_cache  # noqa: F401
-from .stock import given_cache  # noqa: F401
-from .stock_qwen3_vl import (
-    BaseModelOutputWithDeepstackFeatures,
-    multimodal_positions,
-    with_layers_shown,
-)
+from .stock import BaseModelOutputWithDeepstackFeatures
 from .token_block import TokenBlock  # noqa: F401
+from .token_positions import TokenPositionsMixin  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
 from .visual_features import VisualFeatures
 from .visual_tokens import VisualTokens  # noqa: F401

@@ -2,24 +2,16 @@
 
 import torch
 
+from .choosing import choose
+from .compaction import compact, seal
 from .decoder_layers import Rotary, query_logits, run_attention, run_layer, run_mlp
 from .decoder_run import DecoderRun
-from .glimpse_record import GlimpseRecord, refuse_nan
 from .held_prompt import HeldPrompt
 from .look_ahead import LookAhead
 from .prune_request import PruneRequest
 from .runners import Runners
-from .selection import corner_tokens, select_visual_tokens
 from .stock import plain_rotary
 from .token_block import TokenBlock
-from .visual_tokens import VisualTokens
-
-UNTRAINED = (
-    "this checkpoint has no trained glimpse weights, so it cannot tell which visual tokens to "
-    "prune: train them (glimpseprune train-stage1), pass visual_keep_mask, or use prune=False"
-)
-
-SCORED_AT_ONCE = 2**14  # visual tokens, what bounds the predictor's memory in a batch
 
 
 class Prefill:
@@ -95,7 +87,7 @@ class Prefill:
             block.order = torch.arange(block.length, device=states.device).expand(len(states), -1)
         last_visual = int(request.tokens.columns.max())
         block.fixed_slots = block.past_slots + 1 + last_visual
-        self._finish()
+        seal(block, cache.layers)
         cache.held = HeldPrompt(
             states,
             block.position_ids,
@@ -128,58 +120,15 @@ class Prefill:
 
     def choose(self) -> torch.Tensor:
         """Put the record on the cache; return `(N,)` bool, True at kept visual tokens."""
-        request, importance = self.request, None
-        tokens = request.tokens.whole or request.tokens  # as the caller knows them
-        if request.visual_keep_mask is not None:
-            keep = request.visual_keep_mask.to(tokens.rows.device)
-        elif request.visual_log_keep is not None:
-            keep = torch.ones_like(tokens.rows, dtype=torch.bool)
-        else:
-            attention = torch.cat(
-                [self.attention[index] for index in request.glimpse.attention_layers], dim=-1
-            )
-            importance = self._score(attention)
-            if request.tokens.places is not None:
-                of_all = importance.new_full((tokens.total,), float("-inf"))
-                importance = of_all.index_put((request.tokens.places,), importance)
-            keep = self._select(importance.detach(), tokens)
-        if tokens.encoded is not None:
-            keep = keep & tokens.encoded
-        self.decoder_run.cache.glimpse = GlimpseRecord(
-            importance,
-            keep,
-            tokens.rows,
-            tokens.geometry,
-            tokens.kinds,
-            tokens.sizes,
-            tokens.item_rows,
-            tokens.grids,
-            request.glimpse_layer,
-            request.prune_layer,
-            tokens.encoded,
-        )
-        return keep if request.tokens.places is None else keep[request.tokens.places]
+        record = choose(self.request, self.block, self.attention)
+        self.decoder_run.cache.glimpse, places = record, self.request.tokens.places
+        return record.keep_mask if places is None else record.keep_mask[places]
 
     def compact(self, keep: torch.Tensor) -> None:
-        """Pack kept tokens to the right in hidden states, positions, mask and layers 0..P.
-
-        A slot that pads a row points at a dropped token.
-
-        Args:
-            keep: `(N,)` bool.
-        """
-        block = self.block
-        kept = block.valid[:, : block.prompt_length].clone()
-        kept[self.request.tokens.rows, self.request.tokens.columns] = keep
-        counts, all_real, last_visual = self._kept_counts(kept)
-        slots, length = max(counts), kept.shape[1]
-        order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, length - slots :]
-        past = torch.arange(block.past_slots, device=order.device).expand(len(order), -1)
-        index = torch.cat([past, block.past_slots + order], dim=1)
-        for layer in self.decoder_run.cache.layers[: self.request.prune_layer + 1]:
-            layer.keep(index)
-        block.fixed_slots = block.past_slots + slots - (length - 1 - last_visual)
-        block.take(order, None if all_real and min(counts) == slots else kept.gather(1, order))
+        """Pack kept tokens, `(N,)` bool, to the right in what was run so far."""
+        cache, batch = self.decoder_run.cache, len(self.block.hidden_states)
+        of_prompt = cache.layers[: self.request.prune_layer + 1]
+        compact(self.block, of_prompt, self.request, keep, cache.glimpse.nan_counts(batch))
 
     def go_on(self) -> torch.Tensor:
         """Run what is left: layer P's MLP and the layers above it."""
@@ -192,25 +141,10 @@ class Prefill:
         run.whole_layers(block, request.prune_layer + 1, len(run.layers), before)
         hidden_states = run.leave(block)
         if not request.in_place:
-            self._finish()
+            seal(block, run.cache.layers)
             if request.compact_output and not run.outputs.wants_hidden_states:
                 return hidden_states
         return block.as_seen(hidden_states)
-
-    def _score(self, attention: torch.Tensor) -> torch.Tensor:
-        """Importance `(N,)` from attention `(N, columns)`; of many tokens some items at a time."""
-        request, tokens = self.request, self.request.tokens
-        parts = [tokens]
-        if tokens.total > SCORED_AT_ONCE and not torch.is_grad_enabled():
-            parts = tokens.parts(SCORED_AT_ONCE)
-        sizes_seen, scores = 0, []
-        for part in parts:
-            of_part = attention[sizes_seen : sizes_seen + part.total]
-            conditions = [part.of_each(layer) for layer in part.features]
-            groups = part.groups(request.predictor_window)
-            scores.append(request.glimpse(of_part, conditions, part.geometry[:, 1:3], groups))
-            sizes_seen += part.total
-        return torch.cat(scores).to(attention.device)
 
     @property
     def _query(self) -> slice:
@@ -255,71 +189,3 @@ class Prefill:
         vectors = self.request.glimpse.token(layer) if layer and block.has_glimpse else None
         if vectors is not None:
             block.hidden_states[:, block.glimpse_slice] += vectors.to(block.hidden_states)
-
-    def _select(self, importance: torch.Tensor, tokens: VisualTokens) -> torch.Tensor:
-        request = self.request
-        keep = select_visual_tokens(
-            importance,
-            tokens.rows,
-            len(self.block.hidden_states),
-            request.prune_threshold,
-            request.max_keep_ratio,
-            request.min_keep_tokens,
-        )
-        keep |= corner_tokens(tokens.geometry, request.anchor_corners)
-        # The answer's first logits are read at the last prompt token, so it stays.
-        return keep | (tokens.columns == self._last_column)
-
-    @property
-    def _last_column(self) -> int:
-        """Where the caller sees the last token of the prompt."""
-        return (self.block.prompt_length if self.block.order is None else self.block.length) - 1
-
-    def _kept_counts(self, kept: torch.Tensor) -> tuple[list[int], bool, int]:
-        """Kept tokens of each row, whether there is no padding, the last visual token's column.
-
-        It is the one place where the prefill of a single prompt waits for the device.
-
-        Args:
-            kept: `(batch, prompt)` bool.
-
-        Raises:
-            ValueError: when the masks came from weights that were never trained or from scores that
-                are no numbers, or a prompt ends in padding.
-        """
-        block, trained = self.block, self.request.glimpse.trained.to(kept.device).view(1)
-        all_real = ends_real = trained.new_ones(1)
-        if block.mask is not None:
-            all_real = block.mask.all().view(1)
-            ends_real = block.valid[:, block.prompt_length - 1].all().view(1)
-        last_visual = self.request.tokens.columns.max().view(1).to(kept.device)
-        nan_counts = self.decoder_run.cache.glimpse.nan_counts(len(kept)).to(kept.device)
-        known = torch.cat([kept.sum(1), nan_counts, trained, all_real, ends_real, last_visual])
-        *counts, trained, all_real, ends_real, last_visual = known.tolist()
-        counts, nan_counts = counts[: len(kept)], counts[len(kept) :]
-        if not trained and self.request.takes_glimpse:
-            raise ValueError(UNTRAINED)
-        refuse_nan(nan_counts)
-        if not ends_real:
-            raise ValueError(
-                "a prompt ends in padding, where the answer would start: pad on the left "
-                '(processor.tokenizer.padding_side = "left"), or use prune=False'
-            )
-        return counts, bool(all_real), last_visual
-
-    def _finish(self) -> None:
-        """Tell every cache layer what was dropped."""
-        block, layers = self.block, self.decoder_run.cache.layers
-        slots = block.past_slots + block.order.shape[1]
-        dropped = block.length - block.order.shape[1]
-        delta = block.next_position - (slots + block.past_dropped + dropped)
-        new_columns = block.past_slots + block.past_dropped + block.order
-        for layer in layers:
-            layer.dropped = block.past_dropped + dropped
-            layer.prompt_slots = slots
-            layer.fixed_slots = block.fixed_slots
-            layer.prompt_mask = block.mask
-            layer.position_delta = delta[:, None]
-            layer.seal()
-        past_columns = block.past_columns.expand(len(new_columns), -1)
-        layers[0].prompt_columns = torch.cat([past_columns, new_columns], dim=1)

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
+from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .call_checks import check_covered, check_prunable, is_2d
 from .decoder_call import DecoderCall
 from .decoder_run import DecoderRun
 from .layer_additions import LayerAdditions
@@ -25,8 +27,6 @@ from .pruning_arguments import refuse_unknown_tensors
 from .row_boundaries import AlignedRows
 from .stock import given_cache, outputs_with_cache, take_cache
 from .visual_tokens import VisualTokens
-
-SOFT_ATTENTIONS = ("eager", "sdpa")
 
 
 class PrunedForwardMixin:
@@ -55,11 +55,11 @@ class PrunedForwardMixin:
         cache, layers = take_cache(kwargs, cache), kwargs.pop("layers", {})
         if prune_request is not None:
             past = 0 if cache is None else cache.get_seq_length()
-            self._check_prunable(attention_mask, position_ids, past, prune_request)
-            _check_covered(attention_mask, inputs_embeds)
+            check_prunable(self.config, attention_mask, position_ids, past, prune_request)
+            check_covered(attention_mask, inputs_embeds)
             refuse_unknown_tensors(kwargs)
-            asked = self._asked("output_hidden_states", kwargs)
-            wanted = bool(asked), bool(self._asked("output_attentions", kwargs))
+            asked = _asked(self.config, "output_hidden_states", kwargs)
+            wanted = bool(asked), bool(_asked(self.config, "output_attentions", kwargs))
             outputs = LayerOutputs(len(self.layers), *wanted)
             cache = DynamicCache() if cache is None else cache
             adopt_layers(cache, len(self.layers))
@@ -84,7 +84,7 @@ class PrunedForwardMixin:
         layer = pruned_layer(cache)
         if layer is not None:
             refuse_unknown_tensors(kwargs)
-        if layer is not None and (attention_mask is None or _is_2d(attention_mask)):
+        if layer is not None and (attention_mask is None or is_2d(attention_mask)):
             new_tokens = input_ids if inputs_embeds is None else inputs_embeds
             attention_mask = slot_mask(layer, attention_mask, new_tokens.shape[1])
         if layer_additions is not None:
@@ -116,39 +116,6 @@ class PrunedForwardMixin:
     def stock_additions(self, additions: LayerAdditions, inputs_embeds: torch.Tensor) -> dict:
         """The stock forward's arguments for what visuals add between layers, if it has any."""
         raise NotImplementedError
-
-    def _asked(self, output: str, kwargs: dict) -> bool | int | list[int]:
-        """Which outputs of layers the caller wants: all, none, or those of some indices."""
-        asked = kwargs.get(output)
-        asked = getattr(self.config, output) if asked is None else asked
-        return False if asked is None else asked
-
-    def _check_prunable(
-        self,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past: int,
-        request: PruneRequest,
-    ) -> None:
-        if not (attention_mask is None or _is_2d(attention_mask)):
-            raise ValueError(
-                "pruning takes a 2-D attention mask (batch, length) and a DynamicCache; static "
-                "caches come with a mask of their own: use the default cache, or prune=False"
-            )
-        if attention_mask is None and not past and _is_packed(position_ids):
-            raise ValueError(
-                "position_ids start again within a row: sequences packed into one row cannot be "
-                "pruned, as each would need a glimpse of its own; give one sequence a row, or use "
-                "prune=False"
-            )
-        if "sliding_attention" in (getattr(self.config, "layer_types", None) or []):
-            raise ValueError("sliding-window layers cannot be pruned; use prune=False")
-        attention = self.config._attn_implementation
-        if request.visual_log_keep is not None and attention not in SOFT_ATTENTIONS:
-            raise ValueError(
-                f"visual_log_keep needs attn_implementation {' or '.join(SOFT_ATTENTIONS)}, which "
-                f"take a mask of numbers; got {attention}"
-            )
 
     def _call(
         self,
@@ -260,32 +227,19 @@ class PrunedForwardMixin:
         return run.leave(block)
 
 
+def _asked(config: PretrainedConfig, output: str, arguments: dict) -> bool | int | list[int]:
+    """Which outputs of layers the caller wants: all, none, or those of some indices."""
+    asked = arguments.get(output)
+    asked = getattr(config, output) if asked is None else asked
+    return False if asked is None else asked
+
+
 def _check_visuals_in_prompt(tokens: VisualTokens, prompt_length: int, length: int) -> None:
     if prompt_length < length and tokens.columns.max() >= prompt_length:
         raise ValueError(
             f"a visual token stands behind the prompt's {prompt_length} tokens: the completion "
             "begins behind the last image or video of its row"
         )
-
-
-def _check_covered(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> None:
-    if attention_mask is not None and attention_mask.shape[1] < inputs_embeds.shape[1]:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns for "
-            f"{inputs_embeds.shape[1]} tokens: it covers every token, those of the cache included"
-        )
-
-
-def _is_packed(position_ids: torch.Tensor | None) -> bool:
-    """Whether text positions, `(batch, length)` or the first of four rows, start again in a row."""
-    if position_ids is None or position_ids.ndim == 3 and len(position_ids) != 4:
-        return False
-    text = position_ids[0] if position_ids.ndim == 3 else position_ids
-    return bool((text.diff(dim=-1) < 0).any())
-
-
-def _is_2d(attention_mask: object) -> bool:
-    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 def _over_prompt(weights: torch.Tensor | None, layer: PrunedLayer) -> torch.Tensor | None:

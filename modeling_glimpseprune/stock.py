@@ -1,14 +1,17 @@
 """Everything that is assumed of transformers, and where its releases differ.
 
-This file and `stock_qwen3_vl.py`, which is of that family alone, are the only ones that ask for a
-version or know a name that a release changed. `tests/test_stock.py`
-holds each assumption against the installed release, so that the next change fails there first.
+This file is the only one that asks for a version or knows a name that a release changed; others
+ask for what it names here. `tests/test_stock.py` holds each assumption against the installed
+release, so that the next change fails there first.
 
 | what | 4.57 | 5.8 to 5.23 | 5.24 |
 |---|---|---|---|
 | argument and output that carry the cache | `past_key_values` | `past_key_values` | `cache` |
 | who counts rotary positions of a generation | the backbone | `generate` | `generate` |
 | image features | a tensor an image | an output with `pooler_output` | the same |
+| what Qwen3-VL adds between layers | in a tuple | in an output | split by images |
+| its positions | made in the backbone's `forward` | by a method of the backbone | the same |
+| what its layers return | collected in every class | by the text model | the same |
 | CLIP's tower | inside `vision_model` | itself | itself |
 """
 
@@ -23,6 +26,7 @@ from transformers import (
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3VLModel,
     cache_utils,
     modeling_outputs,
 )
@@ -34,6 +38,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import cached_file, logging
 
+try:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+except ImportError:  # transformers 4, whose encoder returns a tuple
+    BaseModelOutputWithDeepstackFeatures = modeling_outputs.BaseModelOutputWithPooling
 try:
     from transformers.utils.output_capturing import selected_hidden_states
 except ImportError:  # releases that return all hidden states or none
@@ -56,6 +64,9 @@ ENCODES_FIRST = hasattr(GenerationMixin, "_expand_multimodal_outputs")
 OF_ENCODERS = ("output_hidden_states", "output_attentions")
 if not hasattr(modeling_outputs, "MultimodalModelOutput"):
     OF_ENCODERS = ()
+
+# Whether Qwen3-VL's backbone has a method for rotary positions, or makes them in `forward`.
+BACKBONE_DERIVES_POSITIONS = hasattr(Qwen3VLModel, "compute_3d_position_ids")
 
 # transformers 5 has quantized layers of more than one kind.
 QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -177,6 +188,7 @@ def plain_rotary(
 # Whether hidden states of a layer show what visuals add to its input: in transformers 4 they do, as
 # it is added in place.
 STATES_SHOW_ADDITIONS = not TRANSFORMERS_5
+TEXT_MODEL_TELLS_OF_LAYERS = TRANSFORMERS_5  # in Qwen3-VL; else each class collects it
 LAYER_OUTPUTS = ("hidden_states", "attentions")
 
 

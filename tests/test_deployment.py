@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glimpseprune.families import QWEN2_5_VL
-from modeling_glimpseprune.prefill import Prefill
+from modeling_glimpseprune import compaction
 from modeling_glimpseprune.prune_request import PruneRequest
 from modeling_glimpseprune.stock import cache_of, given_cache
 from modeling_glimpseprune.visual_tokens import VisualTokens
@@ -359,7 +359,7 @@ def test_no_operation_mixes_devices(monkeypatch, glimpse_layer, prune_layer, gli
     early = prune_layer < glimpse_layer
     kept = [11] if early else [9, 11]
     batch, count = len(kept), 10 * len(kept)
-    monkeypatch.setattr(Prefill, "_kept_counts", lambda *args: (kept, False, 15))
+    monkeypatch.setattr(compaction, "kept_counts", lambda *args: (kept, False, 15))
     fields = build_config_fields() | {"predictor_hidden_size": 16, "predictor_condition_size": 16}
     fields["attn_implementation"] = "eager"  # other masks look into the padding
     config = QWEN2_5_VL.config_class(

@@ -199,7 +199,7 @@ def test_the_predictor_may_score_rows_in_parts(make_model, build_batch, monkeypa
     model = make_model(1)
     batch = pad_together(asked(build_batch([[3, (3, 4), 1, (2, 2), 1]]), 4))
     expected = model.glimpse(**batch)
-    monkeypatch.setattr("modeling_glimpseprune.prefill.SCORED_AT_ONCE", 20)
+    monkeypatch.setattr("modeling_glimpseprune.choosing.SCORED_AT_ONCE", 20)
     calls = []
     forward = type(model.model.glimpse).forward
     monkeypatch.setattr(

@@ -1,11 +1,4 @@
-"""What is assumed of the stock Qwen3-VL, and where its releases differ; see `stock.py`.
-
-| what | 4.57 | 5.6 to 5.22 | 5.23 on |
-|---|---|---|---|
-| features to add | in a tuple, one tensor a layer | in an output | one tensor an image |
-| positions | made in the backbone's `forward` | by a method of the backbone | the same |
-| what layers return | collected in every class | by the text model | the same |
-"""
+"""What Qwen3-VL's forwards show of layers, and where its tokens stand."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,23 +6,22 @@ from functools import wraps
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .stock import LAYER_OUTPUTS, TRANSFORMERS_5, given_cache
-
-try:
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-except ImportError:  # transformers 4, whose encoder returns a tuple
-    BaseModelOutputWithDeepstackFeatures = BaseModelOutputWithPooling
+from .stock import (
+    BACKBONE_DERIVES_POSITIONS,
+    LAYER_OUTPUTS,
+    TEXT_MODEL_TELLS_OF_LAYERS,
+    given_cache,
+)
 
 
 def with_layers_shown(forward: Callable) -> Callable:
     """Decorate a forward above a text model, so that it shows of layers what the text model tells.
 
-    Some of transformers 4 show what they saw of the layers themselves, which run by halves here. Of
-    a whole model their last hidden state lacks the final norm.
+    Where each class shows what it saw of the layers itself, they run by halves here; and of a whole
+    model the last hidden state lacks the final norm.
     """
-    if TRANSFORMERS_5:
+    if TEXT_MODEL_TELLS_OF_LAYERS:
         return forward
 
     @wraps(forward)
@@ -67,7 +59,7 @@ def multimodal_positions(
     """
     mask, past = inputs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
     grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-    if not TRANSFORMERS_5:
+    if not BACKBONE_DERIVES_POSITIONS:
         if past and backbone.rope_deltas is not None or input_ids is None and mask is None:
             return None
         if isinstance(mask, dict):

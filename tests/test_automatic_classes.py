@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import FAMILIES, TRANSFORMERS_5
+from fresh_process import run_fresh
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto
 
@@ -130,13 +129,9 @@ def stock_backbone(stock_class):
 def test_automatic_classes_in_a_fresh_process(tmp_path):
     """The tiny repository's backbone sees what its whole model sees; `any-to-any` answers."""
     site = str(Path(transformers.__file__).parents[1])
-    completed = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, TINY_MODEL, SAMPLE_PAGE, tmp_path / "seen.pt"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    arguments = "-c", FRESH_PROCESS, TINY_MODEL, SAMPLE_PAGE, tmp_path / "seen.pt"
+    variables = {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")}
+    completed = run_fresh(*arguments, cwd=tmp_path, env=os.environ | variables)
     assert completed.returncode == 0, completed.stderr
     found = json.loads(completed.stdout.splitlines()[-1])
     assert found["module"].startswith("transformers_modules")

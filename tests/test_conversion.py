@@ -8,14 +8,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from conftest import TRANSFORMERS_5
+from fresh_process import run_fresh
 from PIL import Image
 from reference import score_slowly
 from safetensors.torch import load_file, save_file
@@ -398,19 +398,12 @@ print("tokens", output.sequences.shape[1] - inputs["input_ids"].shape[1])
 """
 
 
-def run_outside(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def run_outside(*arguments: object, **environment: str) -> CompletedProcess:
     """Run python in another folder, with this repository on no search path."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     foreign = [path for path in paths if path and Path(path).resolve() != REPOSITORY]
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=environment["HF_HOME"],
-        env=os.environ
-        | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(foreign)}
-        | environment,
-        capture_output=True,
-        text=True,
-    )
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(foreign)}
+    return run_fresh(*arguments, cwd=environment["HF_HOME"], env=os.environ | environment)
 
 
 def test_sources_may_be_relative_paths(tmp_path):

@@ -3,8 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, TEXT_INPUTS, TRANSFORMERS_5, build_batch, build_models, randomise
+from fresh_process import run_fresh
 from llava_prompts import PATCH, PINPOINTS, SIDE, TILE, config_fields, next_config_fields
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -162,13 +161,8 @@ def test_stage_1_ends_in_a_repository_that_a_fresh_process_loads(base, data, tmp
     auto_class = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
     arguments = [tmp_path / "out", tmp_path / "wide.png", auto_class, tmp_path / "scores.pt"]
     site = str(Path(transformers.__file__).parents[1])
-    completed = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    variables = {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")}
+    completed = run_fresh("-c", FRESH_PROCESS, *arguments, cwd=tmp_path, env=os.environ | variables)
     assert completed.returncode == 0, completed.stderr
     importance, keep_mask = torch.load(tmp_path / "scores.pt")
     torch.testing.assert_close(importance, expected.importance)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from fresh_process import run_fresh
 
 from glimpseprune.loading import REPOSITORY
 from glimpseprune.package_files import TINY_EARLY, TINY_MODEL, find_recipe, recipe_names
@@ -49,14 +50,7 @@ def run(command: list, folder: Path, place: Path) -> str:
         "HF_HOME": str(place.with_name("cache")),
         "HF_HUB_OFFLINE": "1",
     }
-    completed = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=place,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    completed = run_fresh(*command, cwd=place, env=os.environ | variables)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     assert "FutureWarning" not in completed.stderr, completed.stderr
     assert "DeprecationWarning" not in completed.stderr, completed.stderr

@@ -4,14 +4,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 import transformers
 import yaml
+from fresh_process import run_fresh
 from hub_server import SIGNATURE, HubServer, running
 from peft import PeftModel
 from publishing_material import BASE_NAME, MERGED_NAME, load_model, write_all
@@ -80,7 +80,7 @@ def auto_model_name() -> str:
 
 def run_python(
     hub: HubServer, home: Path, *arguments: object, own_code: bool = True, **environment: str
-) -> subprocess.CompletedProcess:
+) -> CompletedProcess:
     """A fresh process whose Hub is the test's; `own_code` puts this repository on its path."""
     home.mkdir(exist_ok=True)
     paths = [str(Path(transformers.__file__).parents[1])]
@@ -94,14 +94,7 @@ def run_python(
         "PYTHONPATH": os.pathsep.join(paths),
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=home,
-        env=kept | own | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_fresh(*arguments, cwd=home, env=kept | own | environment)
 
 
 def load_in_fresh_process(hub: HubServer, home: Path, models: list, **environment: str) -> tuple:

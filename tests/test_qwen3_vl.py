@@ -1,8 +1,6 @@
 """What only Qwen3-VL promises, and its way from a stock folder to users' hands."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import IMAGE_TOKEN, TRANSFORMERS_5, build_batch, build_models
+from fresh_process import run_fresh
 from PIL import Image
 from qwen3_prompts import write_qwen3_base
 from reference import added_between_layers
@@ -159,13 +158,8 @@ def load_in_a_fresh_process(folder: Path, page: Path, tmp_path: Path):
     auto_class = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
     arguments = [folder, page, auto_class, tmp_path / "scores.pt"]
     site = str(Path(transformers.__file__).parents[1])
-    completed = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, *map(str, arguments)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    variables = {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")}
+    completed = run_fresh("-c", FRESH_PROCESS, *arguments, cwd=tmp_path, env=os.environ | variables)
     assert completed.returncode == 0, completed.stderr
     return torch.load(tmp_path / "scores.pt")
 

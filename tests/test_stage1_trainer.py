@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_fresh
 from safetensors.torch import load_file, save_file
 from stage1_data import GLIMPSE, collate, command_line, recipe_of
 from transformers import (
@@ -531,12 +532,10 @@ def test_repository_reloads_in_a_fresh_process(make_recipe, data, tmp_path):
     expected = model.eval().glimpse(**inputs)
     torch.save(inputs, tmp_path / "inputs.pt")
     auto_class = "AutoModelForImageTextToText" if TRANSFORMERS_5 else "AutoModelForVision2Seq"
-    subprocess.run(
-        [sys.executable, "-c", RELOAD, recipe.output, auto_class, str(tmp_path / "inputs.pt")],
-        cwd=tmp_path,
-        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        check=True,
-    )
+    arguments = "-c", RELOAD, recipe.output, auto_class, tmp_path / "inputs.pt"
+    variables = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    reloaded = run_fresh(*arguments, cwd=tmp_path, env=os.environ | variables)
+    assert reloaded.returncode == 0, reloaded.stderr
     importance, keep_mask = torch.load(tmp_path / "inputs.pt")
     torch.testing.assert_close(importance, expected.importance)
     assert torch.equal(keep_mask, expected.keep_mask)

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
+from fresh_process import run_fresh
 
 from glimpseprune.hub.remote_code import code_files, with_code
 from glimpseprune.package_files import SAMPLE_PAGE, TINY_EARLY, TINY_MODEL
@@ -114,14 +113,8 @@ def test_loads_and_answers_in_a_fresh_process(folder, auto_model, prune_layer, t
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     site = str(Path(transformers.__file__).parents[1])
     environment |= {"PYTHONPATH": site, "HF_HOME": str(tmp_path / "cache")}
-    completed = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, folder, SAMPLE_PAGE, auto_model],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = "-c", FRESH_PROCESS, folder, SAMPLE_PAGE, auto_model
+    completed = run_fresh(*arguments, cwd=tmp_path, env=environment)
     assert completed.returncode == 0, completed.stderr
     found = json.loads(completed.stdout.splitlines()[-1])
     assert found["model"].startswith("transformers_modules")

@@ -4,7 +4,8 @@
 #
 # One virtual environment holds everything with the newest release; a folder that goes in front of it
 # holds an older one and the libraries tied to it, so that torch is installed once. The newest release
-# runs all tests, older ones those that depend on the release (see `NEWEST_ONLY` in tests/conftest.py).
+# runs all tests, older ones those that depend on the release, of which they share out the widest
+# (see `NEWEST_ONLY` and `SHARED_OUT` in tests/conftest.py).
 # What fails stops nothing; the exit code says whether anything did.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -56,9 +57,10 @@ workers=(-n "$(getconf _NPROCESSORS_ONLN)") # not nproc, which takes OMP_NUM_THR
 check "ruff check" "$venv/bin/ruff" check .
 check "ruff format" "$venv/bin/ruff" format --check .
 check "transformers $newest" "$python" -m pytest "${workers[@]}" "$@"
-for release in "${older_releases[@]}"; do
+for i in "${!older_releases[@]}"; do
+    release="${older_releases[$i]}"
     check "transformers $release" env PYTHONPATH="$(overlay_of "$release")" \
-        "$python" -m pytest "${workers[@]}" --older-release "$@"
+        "$python" -m pytest "${workers[@]}" --older-release "$((i + 1))/${#older_releases[@]}" "$@"
 done
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2

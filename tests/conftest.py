@@ -8,13 +8,18 @@ plain functions, offered to the tests as fixtures of the same names, for the fam
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from zlib import crc32
 
 import pytest
 import torch
 import transformers
+from fresh_process import run_fresh
 from llava_prompts import config_fields, llava_image, llava_next_image, next_config_fields
 from qwen3_prompts import qwen3_config_fields, qwen3_frames
 from stage1_data import write_base, write_data
@@ -42,8 +47,8 @@ PATCH, MERGE, TEMPORAL_PATCH = 4, 2, 2
 LOOK_LAYER = 3  # of the models that `make_model` makes
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
-# Modules that say little of a release of transformers: `--older-release` leaves them out, unless
-# they are named. All others run on every release that scripts/test.sh knows.
+# Modules that say little of a release of transformers: `--older-release` leaves them out. All
+# others run on every release that scripts/test.sh knows.
 NEWEST_ONLY = {
     "test_answer",
     "test_answer_ray",
@@ -58,6 +63,7 @@ NEWEST_ONLY = {
     "test_families",
     "test_harnesses",
     "test_hub_configs",
+    "test_images",
     "test_inspection",
     "test_judge",
     "test_look_ahead_reference",
@@ -78,20 +84,61 @@ NEWEST_ONLY = {
     "test_stage1_objectives",
     "test_stage2_llava",
     "test_stage2_trainer",
+    "test_strips",
     "test_tiny_world",
     "test_training_benchmarks",
     "test_visual_cot",
 }
 
 
+# Modules of many cases a test: the older releases share these cases out among them.
+SHARED_OUT = {
+    "test_configuration",
+    "test_golden",
+    "test_invariants",
+    "test_look_ahead",
+    "test_prefix",
+    "test_prefix_uses",
+    "test_stock_contract",
+    "test_stock_contract_generation",
+    "test_stock_contract_weights",
+}
+
+
 def pytest_addoption(parser):
-    summary = "leave out modules that are run on the newest transformers alone"
-    parser.addoption("--older-release", action="store_true", help=summary)
+    parser.addoption(
+        "--older-release",
+        metavar="N/ALL",
+        help="run what depends on the release of transformers, and of the many cases of a wide "
+        "test the share of the Nth of ALL older releases (1/1: every case)",
+    )
 
 
 def pytest_ignore_collect(collection_path, config):
     if config.getoption("--older-release") and collection_path.stem in NEWEST_ONLY:
         return True  # False would overrule other plugins
+
+
+def pytest_collection_modifyitems(config, items):
+    if not (share := config.getoption("--older-release")):
+        return
+    number, count = map(int, share.split("/"))
+    left_out = [item for item in items if not is_shared_with(item, number, count)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def is_shared_with(item: pytest.Item, number: int, count: int) -> bool:
+    """Whether the Nth of so many older releases runs a test.
+
+    Every case of a wide test runs on the newest release and on one older one. Which one follows
+    from the case's name, so that it stays where it is when others are added.
+    """
+    if item.get_closest_marker("newest"):
+        return False
+    if item.path.stem not in SHARED_OUT or not hasattr(item, "callspec"):
+        return True
+    return crc32(item.name.encode()) % count == number - 1
 
 
 class Models(NamedTuple):
@@ -406,6 +453,17 @@ def settings_of_its_own(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_FSDP"):
         monkeypatch.setenv(name, "")  # so that the end of the test forgets what a run sets
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def verification_in_forks(monkeypatch):
+    """Conversions called here verify in processes that are forked; those of commands do not."""
+
+    def run(command: list[str], *, env: dict, cwd: Path, **kwargs):
+        return run_fresh(*command[1:], cwd=cwd, env=env)
+
+    if (verification := sys.modules.get("conversion.verification")) is not None:
+        monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="module")

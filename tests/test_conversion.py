@@ -406,6 +406,7 @@ def run_outside(*arguments: object, **environment: str) -> CompletedProcess:
     return run_fresh(*arguments, cwd=environment["HF_HOME"], env=os.environ | environment)
 
 
+@pytest.mark.newest
 def test_sources_may_be_relative_paths(tmp_path):
     shutil.copytree(TINY_MODEL, tmp_path / "tiny")
     script = SCRIPT.with_name("convert_stage2.py")

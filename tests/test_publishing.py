@@ -196,6 +196,7 @@ def test_pushing_again_sends_nothing(pushed, written, tmp_path):
     assert len(pushed.repositories["org/plus"].commits) == commits
 
 
+@pytest.mark.newest
 def test_inspect_reads_headers_from_the_hub(pushed, written, tmp_path):
     script = "import sys; from glimpseprune.cli import main; main(sys.argv[1:])"
     seen = len(pushed.requests)
@@ -209,6 +210,7 @@ def test_inspect_reads_headers_from_the_hub(pushed, written, tmp_path):
     assert fetched, "no header was read"
 
 
+@pytest.mark.newest
 def test_tokens_and_signed_addresses_are_never_said(pushed, written, tmp_path):
     """The server's error repeats the caller's authorization and a signed address."""
     pushed.failing = re.compile("/preupload/|/tiny-base")

@@ -185,6 +185,7 @@ def test_stage_1_ends_in_a_repository_that_a_fresh_process_loads(base, data, tmp
 
 @pytest.mark.parametrize("glimpse_only", [False, True])
 @torch.no_grad()
+@pytest.mark.newest
 def test_a_published_repository_scores_as_the_run(trained, base, data, tmp_path, glimpse_only):
     """Complete, or with the glimpse alone; a fresh process loads either."""
     output = tmp_path / "published"

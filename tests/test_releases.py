@@ -6,9 +6,10 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import NEWEST_ONLY
+from conftest import NEWEST_ONLY, SHARED_OUT, is_shared_with
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -65,7 +66,22 @@ def test_the_range_begins_with_the_oldest_tested_releases():
 
 
 def test_what_runs_on_the_newest_release_alone_exists():
-    assert NEWEST_ONLY <= {path.stem for path in TESTS.glob("test_*.py")}
+    modules = {path.stem for path in TESTS.glob("test_*.py")}
+    assert NEWEST_ONLY <= modules and SHARED_OUT <= modules - NEWEST_ONLY
+
+
+def test_older_releases_share_out_every_case():
+    case = SimpleNamespace(
+        path=Path("test_invariants.py"), callspec=None, get_closest_marker=lambda name: None
+    )
+    shares = []
+    for n in range(40):
+        case.name = f"test_a[{n}]"
+        shares.append([is_shared_with(case, number, 2) for number in (1, 2)])
+        assert is_shared_with(case, 1, 1)
+    assert sorted(map(sum, shares)) == [1] * 40 and 5 < sum(share[0] for share in shares) < 35
+    case.path = Path("test_turns.py")
+    assert is_shared_with(case, 1, 2) and is_shared_with(case, 2, 2)
 
 
 @pytest.mark.parametrize("module", ["glimpseprune.loading", "transformers_modules.tiny.glimpse"])

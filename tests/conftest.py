@@ -52,6 +52,7 @@ NEWEST_ONLY = {
     "test_calibration",
     "test_cost",
     "test_deepspeed",
+    "test_demo_browser",
     "test_docs",
     "test_efficiency",
     "test_evaluation",
@@ -87,6 +88,7 @@ NEWEST_ONLY = {
 def pytest_addoption(parser):
     summary = "leave out modules that are run on the newest transformers alone"
     parser.addoption("--older-release", action="store_true", help=summary)
+    parser.addoption("--screenshot", help="where test_demo_browser puts a picture of the page")
 
 
 def pytest_ignore_collect(collection_path, config):

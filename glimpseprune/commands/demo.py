@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name} must be 1 or more, got {value}")
     open_session = sessions_of(arguments)
     os.environ |= QUIET
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was sent is removed
+    for ending in (signal.SIGINT, signal.SIGTERM):  # either way what was sent is removed
+        signal.signal(ending, signal.default_int_handler)
     with TemporaryDirectory(prefix="glimpseprune-demo-") as sent:
         os.environ["GRADIO_TEMP_DIR"] = sent
         from ..demo.page import build, open_at

@@ -18,7 +18,9 @@ SESSIONS = 16  # kept at once: each holds what was seen of an image
 LARGEST_FILE = "64mb"
 OWN_CONTENT = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 STYLE = """
-.part:not(:has(*)) { display: none; }
+#trouble:not(:has(.part > *)) { display: none; }
+#whole:not(:has(.part > *)) { display: none; }
+#earlier:not(:has(.part > *)) { display: none; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
 .pictures figure { flex: 1 1 12rem; min-width: 0; margin: 0; }
 .pictures img { width: 100%; height: auto; }

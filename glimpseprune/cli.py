@@ -14,6 +14,7 @@ COMMANDS = {
     "convert-official": "convert an official GlimpsePrune checkpoint into a Hub repository",
     "convert-stage1": "make a Hub repository of what train-stage1 wrote",
     "convert-stage2": "make a Hub repository of a merged base and the stage 1 trained on it",
+    "demo": "ask about an image in the browser and see which visual tokens were kept",
     "evaluate": "measure accuracy and retention over a data set",
     "inspect": "say what a repository is, and whether its weights are sound",
     "make-pages": "write pages of the tiny world with questions and evidence boxes",

@@ -35,24 +35,22 @@ def open_image(path: str | Path | BytesIO, max_pixels: int | None = None) -> Ima
         ValueError: naming the file, when there is none, it is not a readable image or too large.
     """
     with _opened(path) as image:
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise ValueError(
-                f"the image {_name(path)} is too large: {image.width} x {image.height} pixels, "
-                f"more than {max_pixels}"
-            )
+        _check_size(image, _name(path), max_pixels)
         return _upright(image)
 
 
-def image_of(content: bytes, name: str) -> Image.Image:
+def image_of(content: bytes, name: str, max_pixels: int | None = None) -> Image.Image:
     """Read the content of an image file as `open_image` does.
 
     Args:
         name: of the file, for messages.
+        max_pixels: larger images are refused before they are read.
 
     Raises:
-        ValueError: when it is not a readable image.
+        ValueError: when it is not a readable image or too large.
     """
     with _readable(BytesIO(content), name) as image:
+        _check_size(image, name, max_pixels)
         return _upright(image)
 
 
@@ -71,6 +69,14 @@ def picture_size(path: str | Path) -> PictureSize:
             on_its_side = False
         width, height = image.size[::-1] if on_its_side else image.size
         return PictureSize(width, height, on_its_side)
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(
+            f"the image {name} is too large: {image.width} x {image.height} pixels, "
+            f"more than {max_pixels}"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:

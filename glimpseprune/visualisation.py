@@ -1,5 +1,7 @@
 """Pictures of a glimpse: which visual tokens were kept, and how important each one was."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -21,16 +23,41 @@ def draw_glimpse(
     Returns:
         A picture twice as wide as the image.
     """
-    image = image.convert("RGB")
-    pixels = np.asarray(image, dtype=np.float32)
+    both = Image.new("RGB", (2 * image.width, image.height))
+    both.paste(dim_dropped(image, keep_mask, grid))
+    both.paste(heat_map(image, importance, grid), (image.width, 0))
+    return both
+
+
+def dim_dropped(image: Image.Image, keep_mask: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+    """The image with dropped tokens dimmed; arguments as for `draw_glimpse`."""
     kept = _spread(keep_mask.float(), grid, image.size)
-    dimmed = pixels * (DIMMED + (1 - DIMMED) * kept)
+    return _picture(_pixels(image) * (DIMMED + (1 - DIMMED) * kept))
+
+
+def heat_map(image: Image.Image, importance: torch.Tensor, grid: tuple[int, int]) -> Image.Image:
+    """The image in grey under its scores, blue to red; arguments as for `draw_glimpse`."""
     probability = _spread(importance.float().sigmoid(), grid, image.size)
-    grey = pixels.mean(axis=2, keepdims=True)
+    grey = _pixels(image).mean(axis=2, keepdims=True)
     heat = np.concatenate([255 * probability, 0.5 * grey, 255 * (1 - probability)], axis=2)
-    blended = 0.4 * grey + 0.6 * heat
-    both = np.concatenate([dimmed, blended], axis=1)
-    return Image.fromarray(both.clip(0, 255).astype(np.uint8))
+    return _picture(0.4 * grey + 0.6 * heat)
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size, one below the other."""
+    width, height = pictures[0].size
+    stack = Image.new("RGB", (width, len(pictures) * height))
+    for index, picture in enumerate(pictures):
+        stack.paste(picture, (0, index * height))
+    return stack
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _spread(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

@@ -57,6 +57,7 @@ NEWEST_ONLY = {
     "test_calibration",
     "test_cost",
     "test_deepspeed",
+    "test_demo_browser",
     "test_docs",
     "test_efficiency",
     "test_evaluation",
@@ -112,6 +113,7 @@ def pytest_addoption(parser):
         help="run what depends on the release of transformers, and of the many cases of a wide "
         "test the share of the Nth of ALL older releases (1/1: every case)",
     )
+    parser.addoption("--screenshot", help="where test_demo_browser puts a picture of the page")
 
 
 def pytest_ignore_collect(collection_path, config):

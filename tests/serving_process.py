@@ -36,12 +36,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], port: int, log: Path) -> Iterator[str]:
+def running(command: list[str], port: int, log: Path, path: str = "/health") -> Iterator[str]:
     """The address of a server while it runs; it ends as by Ctrl-C, with exit code 0.
 
     Args:
         command: arguments of python that start it.
         log: file for what it prints.
+        path: answered once the server is there.
     """
     address = f"http://127.0.0.1:{port}"
     variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -50,7 +51,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[str]:
             [sys.executable, *command], env=variables, stdout=file, stderr=file
         )
     try:
-        wait_for(address, process, log)
+        wait_for(address + path, process, log)
         yield address
         process.send_signal(signal.SIGINT)
         assert process.wait(ENDS_WITHIN) == 0, log.read_text()
@@ -60,7 +61,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[str]:
 
 
 def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
-    """Wait until a server says that it is well.
+    """Wait until a server answers at an address.
 
     Raises:
         RuntimeError: with what it printed, when it ends or does not come up.
@@ -68,7 +69,7 @@ def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + STARTS_WITHIN
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if requests.get(f"{address}/health", timeout=5).ok:
+            if requests.get(address, timeout=5).ok:
                 return
         except requests.ConnectionError:
             time.sleep(0.1)

@@ -60,14 +60,12 @@ def draw(image, visuals: list, output: Path) -> None:
 
     A view without tokens is left out.
     """
-    from PIL import Image
-
-    from ..visualisation import draw_glimpse
+    from ..visualisation import draw_glimpse, stacked
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    visuals = [visual for visual in visuals if visual.total]
-    picture = Image.new("RGB", (2 * image.width, len(visuals) * image.height))
-    for index, visual in enumerate(visuals):
-        view = draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
-        picture.paste(view, (0, index * image.height))
-    picture.save(output)
+    views = [
+        draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
+        for visual in visuals
+        if visual.total
+    ]
+    stacked(views).save(output)

@@ -1,0 +1,211 @@
+"""The page of `glimpseprune demo`, laid out with Gradio: the only file that knows of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..commands.ask import SAMPLE_QUESTION
+from ..package_files import SAMPLE_PAGE
+from .session import Session, Settings
+from .words import Shown, redrawn, shown, trouble_of
+
+HOUR = 3600  # seconds after which what nobody uses is forgotten
+SESSIONS = 16  # kept at once: each holds what was seen of an image
+LARGEST_FILE = "64mb"
+OWN_CONTENT = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+STYLE = """
+#trouble:not(:has(.part > *)) { display: none; }
+#whole:not(:has(.part > *)) { display: none; }
+#earlier:not(:has(.part > *)) { display: none; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
+.pictures figure { flex: 1 1 12rem; min-width: 0; margin: 0; }
+.pictures img { width: 100%; height: auto; }
+.question { font-style: italic; overflow-wrap: anywhere; }
+.answer { font-size: 1.5rem; font-weight: bold; overflow-wrap: anywhere; }
+#trouble p { border-left: 0.3rem solid #c00; padding-left: 0.6rem; font-weight: bold; }
+"""
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+
+
+class OwnContentOnly:
+    """Middleware that has browsers load nothing from other hosts."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", OWN_CONTENT.encode())
+                message = message | {"headers": [*message["headers"], policy]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def build(open_session: Callable[[], Session], name: str) -> gr.Blocks:
+    """The page, which `open_at` opens.
+
+    Args:
+        open_session: makes the session of a person who comes to the page.
+        name: of the model.
+    """
+    model_config = open_session().model.config
+    first = Settings.of_model(model_config)
+    with gr.Blocks(
+        title="GlimpsePrune", analytics_enabled=False, delete_cache=(HOUR, HOUR)
+    ) as page:
+        session = gr.State(time_to_live=HOUR)
+        gr.Markdown(
+            f"# GlimpsePrune\n`{name}` glimpses at an image and goes on with the visual tokens "
+            "that a question needs. Each question is asked by itself, over one look at the image."
+        )
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(
+                    label="Image", sources=["upload", "clipboard"], height=300, format="png"
+                )
+                image.preprocess = _file_of  # read where errors become sentences
+                sample = gr.Button("Take the sample page", size="sm")
+                question = gr.Textbox(label="Question", lines=1, max_lines=1, elem_id="question")
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", min_width=100)
+                    whole = gr.Button("Compare with all tokens", min_width=100)
+                parts = _parts("trouble", "answer", "whole", "earlier")
+            with gr.Column():
+                sliders = _sliders(first, model_config)
+                parts |= _parts("kept", "pictures")
+        _connect(open_session, session, image, question, sliders, parts, ask, whole)
+        sample.click(
+            lambda: (Image.open(SAMPLE_PAGE), SAMPLE_QUESTION),
+            outputs=[image, question],
+            api_visibility="private",
+        )
+    return page
+
+
+def open_at(page: gr.Blocks, host: str, port: int) -> str:
+    """Serve a page, in threads of its own, and return its address.
+
+    Raises:
+        OSError: when the port is taken.
+    """
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            inbrowser=False,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            enable_monitoring=False,
+            footer_links=[],
+            state_session_capacity=SESSIONS,
+            max_file_size=LARGEST_FILE,
+            app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
+            theme=THEME,
+            css=STYLE,
+        )
+    except OSError as error:
+        raise OSError(
+            f"cannot listen at {host}:{port}: choose another --port or --host ({error})"
+        ) from error
+    return address
+
+
+def _file_of(sent) -> str | None:
+    """The path of a file that was sent."""
+    return None if sent is None else sent.path
+
+
+def _parts(*names: str) -> dict[str, gr.HTML]:
+    """Parts of the page that show what `Shown` says."""
+    return {name: gr.HTML(elem_id=name, elem_classes="part", padding=False) for name in names}
+
+
+def _sliders(first: Settings, model_config) -> list[gr.Slider]:
+    """Threshold, cap and prune layer."""
+    threshold = gr.Slider(
+        0, 1, first.prune_threshold, step=0.001, label="Threshold", elem_id="threshold",
+        info="Tokens that score above it are kept",
+    )  # fmt: skip
+    cap = gr.Slider(
+        0.01, 1, first.max_keep_ratio, step=0.01, label="Cap", elem_id="cap",
+        info="The largest share of the tokens that is kept; 1 is no cap",
+    )  # fmt: skip
+    layer = gr.Slider(
+        0, max(1, model_config.glimpse_layer), first.prune_layer, step=1, label="Prune layer",
+        info="Where tokens are dropped; counts from the next question on", elem_id="layer",
+        interactive=model_config.glimpse_layer > 0,
+    )  # fmt: skip
+    return [threshold, cap, layer]
+
+
+def _connect(
+    open_session: Callable[[], Session],
+    session: gr.State,
+    image: gr.Image,
+    question: gr.Textbox,
+    sliders: list[gr.Slider],
+    parts: dict[str, gr.HTML],
+    ask: gr.Button,
+    whole: gr.Button,
+) -> None:
+    """Say what happens when something is pressed or moved."""
+
+    def step(do: Callable[..., object]) -> Callable[..., tuple]:
+        """Do something with the session, and show it; what goes wrong becomes a sentence."""
+
+        def run(held: Session | None, path: str | None, *values: object) -> tuple:
+            current, (*given, threshold, cap, layer) = held or open_session(), values
+            settings, said = Settings(threshold, cap, int(layer)), ""
+            try:
+                if held is None and path is not None:  # forgotten in the meantime
+                    current.show(Path(path).read_bytes())
+                do(current, path, settings, *given)
+            except Exception as error:
+                said = trouble_of(error)
+            return current, *shown(current, settings, said)
+
+        return run
+
+    def show(current: Session, path: str | None, settings: Settings) -> None:
+        current.show(None if path is None else Path(path).read_bytes())
+
+    def answer(current: Session, path: str | None, settings: Settings, text: str) -> None:
+        current.ask(text, settings)
+
+    def compare(current: Session, path: str | None, settings: Settings) -> None:
+        current.ask_whole()
+
+    def redraw(current: Session | None, *values: float) -> tuple[str, str]:
+        return redrawn(current or open_session(), Settings(*values))
+
+    outputs = [session, *(parts[name] for name in Shown._fields)]
+    one_by_one = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    image.change(step(show), [session, image, *sliders], outputs, **one_by_one)
+    gr.on(
+        [ask.click, question.submit],
+        step(answer),
+        [session, image, question, *sliders],
+        outputs,
+        **one_by_one,
+    )
+    whole.click(step(compare), [session, image, *sliders], outputs, **one_by_one)
+    for slider in sliders:
+        slider.change(
+            redraw,
+            [session, *sliders],
+            [parts["kept"], parts["pictures"]],
+            show_progress="hidden",
+            trigger_mode="always_last",
+            concurrency_limit=None,
+            api_visibility="private",
+        )

@@ -88,7 +88,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
             inputs_embeds = self.get_input_embeddings()(input_ids)
         held = None
         if isinstance(cache, GlimpsePrefix):
-            cache, held = self._fork(cache, inputs_embeds, kwargs)
+            cache, held = self._fork(cache, inputs_embeds, kwargs, arguments.in_place)
         describes = arguments.prune is not False or past_length(cache) > 0
         choice = self._encode_choice(arguments, mm_encoder_outputs)
         encoded = self._encode(mm_encoder_outputs, kwargs, describes, choice, input_ids)
@@ -169,7 +169,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
         return EncodeChoice() if arguments.prune is False else self.encode_choice(given)
 
     def _fork(
-        self, prefix: GlimpsePrefix, inputs_embeds: torch.Tensor, inputs: dict
+        self, prefix: GlimpsePrefix, inputs_embeds: torch.Tensor, inputs: dict, in_place: bool
     ) -> tuple[Cache, HeldPrompt]:
         """What a call over a prefix goes on with.
 
@@ -189,7 +189,7 @@ class PruningModelMixin(VisualEncodingMixin, GivenVisualsMixin, GlimpseWeightsMi
                 f"{mask.shape[-1]} columns. generate and glimpse take whole prompts"
             )
         check_made_by(prefix, self)
-        return prefix.fork(len(inputs_embeds))
+        return prefix.fork(len(inputs_embeds), in_place)
 
     def _check_brings_none(
         self, arguments: PruningArguments, placeholders: torch.Tensor | None

@@ -16,9 +16,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from modeling_glimpseprune.stock import cache_of, given_cache
 from modeling_glimpseprune.visual_features import VisualFeatures
 
-from ..data.visual_cot_collator import ROW_INPUTS
-
-TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+from ..data.visual_cot_collator import ROW_INPUTS, TEXT_INPUTS
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,18 @@ def write_data(folder: Path) -> Path:
     return path
 
 
+def write_page(folder: Path) -> Path:
+    """Eight questions about one page of 8 x 6 tokens."""
+    pixels = np.random.default_rng(0).integers(0, 256, (168, 224, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "page.png")
+    row = {"answer": "7", "image": "page.png", "bboxs": [[28, 0, 84, 56]], "dataset": "test"}
+    rows = [row | {"question": f"What is the value of a{number}?"} for number in range(8)]
+    path = folder / "page.jsonl"
+    lines = [json.dumps(row | {"width": 224, "height": 168}) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 def recipe_of(base: Path, data: Path, output: Path, /, **overrides) -> Stage1Recipe:
     """A recipe of four steps; overrides as `read_recipe` takes them."""
     fields = {"base": str(base), "data": str(data), "output": str(output)}

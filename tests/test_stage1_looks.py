@@ -3,12 +3,18 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from stage1_data import GLIMPSE, assert_same_step, collate, recipe_of, step, trainer_that_learns
+from stage1_data import (
+    GLIMPSE,
+    assert_same_step,
+    collate,
+    recipe_of,
+    step,
+    trainer_that_learns,
+    write_page,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from glimpseprune.training.stage1 import train_stage1
@@ -46,18 +52,6 @@ def bare_data(data):
         line["answer"] = None
     path = data.with_name("mostly_bare.jsonl")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def write_page(folder):
-    """Eight questions about one page of 8 x 6 tokens."""
-    pixels = np.random.default_rng(0).integers(0, 256, (168, 224, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "page.png")
-    row = {"answer": "7", "image": "page.png", "bboxs": [[28, 0, 84, 56]], "dataset": "test"}
-    rows = [row | {"question": f"What is the value of a{number}?"} for number in range(8)]
-    path = folder / "page.jsonl"
-    lines = [json.dumps(row | {"width": 224, "height": 168}) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

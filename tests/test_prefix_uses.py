@@ -497,6 +497,16 @@ class TestBadInput:
             with pytest.raises(ValueError, match="cannot be cropped|never written to"):
                 write()
 
+    def test_cutting_an_answers_cache_into_its_visual_tokens(self, over):
+        model, row, prefix = over
+        given = without_pixels(row) | given_cache(prefix)
+        output = generate(model, given, 3, max_keep_ratio=0.4)
+        cache, length = cache_of(output), row["input_ids"].shape[1]
+        with pytest.raises(ValueError, match="the cut would reach the prompt's visual tokens"):
+            cache.layers[0].crop(prefix.get_seq_length() - 2)
+        cache.layers[0].crop(length)
+        assert cache.layers[0].get_seq_length() == length
+
     def test_chunks(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="prefill_chunk_size"):
@@ -562,6 +572,12 @@ class TestBadInput:
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match="damaged or no prefix"):
             model.load_prefix(path)
+        for offset in (-1, whole.index(b"prune_layer") + 2):  # among numbers, and among notes
+            damaged = bytearray(whole)
+            damaged[offset] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="is damaged: what it holds does not fit"):
+                model.load_prefix(path)
         path.write_bytes(b"")
         with pytest.raises(ValueError, match="damaged or no prefix"):
             model.load_prefix(path)

@@ -77,6 +77,7 @@ def evaluate(
     max_new_tokens: int = 16,
     metric: Metric = exact_match,
     fresh: bool = False,
+    hold_prompts: bool = False,
 ) -> Evaluation:
     """Answer every question greedily by every method.
 
@@ -85,11 +86,12 @@ def evaluate(
 
     Args:
         fresh: ask by whole prompts always, each with an image of its own.
+        hold_prompts: see `Questions`.
     """
     evaluation = Evaluation([[] for _ in methods])
     start = time.perf_counter()
     for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
-        questions = Questions(model, processor, batch, by_image=not fresh)
+        questions = Questions(model, processor, batch, not fresh, hold_prompts)
         for method, answers in zip(methods, evaluation.answers, strict=True):
             prepared = questions.ready(None if fresh else method.look_layer(model.config))
             given, seconds = answer_batch(

@@ -37,6 +37,18 @@ def look_numbers(
     return keys_and_values + prefix * decoder.hidden + conditions
 
 
+def stale_keys_and_values(
+    decoder: Decoder, glimpse_layer: int, prune_layer: int, visual: int
+) -> tuple[int, int]:
+    """What a look-ahead makes of stale states, for each question anew: operations, and numbers.
+
+    Keys of the layers above P up to K, and values of all of these but K.
+    """
+    maps = max(0, 2 * (glimpse_layer - prune_layer) - 1)
+    numbers = maps * visual * decoder.key_value_width
+    return 2 * numbers * decoder.hidden, numbers
+
+
 def stock_question(decoder: Decoder, prefix: int, question: int) -> int:
     """A question's own tokens through the stock decoder, over a cache of the prompt's beginning."""
     one_layer = decoder.attention(question, prefix + question) + decoder.mlp(question)

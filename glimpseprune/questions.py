@@ -22,6 +22,8 @@ class Questions:
     Args:
         samples: the questions; those about one image hold the same image object.
         by_image: False takes every question's image for another one.
+        hold_prompts: let looks go on over each question's own tokens but the last, for several
+            methods; each question holds an image of its own then.
 
     Attributes:
         seconds: that encoder and looks took so far.
@@ -33,9 +35,10 @@ class Questions:
         processor: ProcessorMixin,
         samples: Sequence[Sample],
         by_image: bool = True,
+        hold_prompts: bool = False,
     ):
         self.model, self.processor, self.samples = model, processor, list(samples)
-        self.seconds = 0.0
+        self.seconds, self.hold_prompts = 0.0, hold_prompts
         self._ready: dict[int | None, PreparedBatch] = {}
         images = [id(sample.image) if by_image else row for row, sample in enumerate(samples)]
         number = {image: index for index, image in enumerate(dict.fromkeys(images))}
@@ -74,6 +77,11 @@ class Questions:
         questions = [sample.question for sample in self.samples]
         prompts = dict(prepare(self.processor, None, questions, prefix).to(self.model.device))
         prompts |= given_cache(prefix)
+        if self.hold_prompts:
+            start = time.perf_counter()
+            lengths = prompts["attention_mask"].sum(1) - 1
+            prompts |= given_cache(self.model.look(**prompts, prefix_length=lengths.tolist()))
+            self.seconds += time.perf_counter() - start
         counts = [counts[image] for image in self._image_of_row]
         return PreparedBatch(self.samples, prompts, counts, prompts)
 

@@ -51,7 +51,8 @@ class GlimpsePrefix(DynamicCache):
     prefix serves any number of questions, threads included.
 
     Attributes:
-        layers: keys and values, unpruned in layers 0..P; those above hold earlier turns, if any.
+        layers: keys and values, unpruned in layers 0..P; those above hold earlier turns, if any,
+            or what `in_place` asks for.
         held: states of the tokens after layer P's attention, and their visual tokens.
         origin: what it was made of.
     """
@@ -89,11 +90,12 @@ class GlimpsePrefix(DynamicCache):
         parts += [part for layer in self.layers for part in getattr(layer, "held", ())]
         return sum(part.nbytes for part in parts)
 
-    def fork(self, batch: int) -> tuple[DynamicCache, HeldPrompt]:
+    def fork(self, batch: int, in_place: bool = False) -> tuple[DynamicCache, HeldPrompt]:
         """A cache to write to, and the held prompt, for a batch whose rows begin with this prefix.
 
         Args:
             batch: its rows, a multiple of this prefix's; each row here begins as many in turn.
+            in_place: with what the layers above P hold of this prompt, if they ran.
 
         Raises:
             ValueError: for another number of rows.
@@ -101,6 +103,9 @@ class GlimpsePrefix(DynamicCache):
         rows = self.rows_of(batch)
         cache = DynamicCache()
         cache.layers = [layer.fork(rows) for layer in self.layers]
+        if self.held.in_place and not in_place:
+            above = self.layers[self.prune_layer + 1 :]
+            cache.layers[self.prune_layer + 1 :] = [PrunedLayer.fork(each, rows) for each in above]
         return cache, self.held.select_rows(rows)
 
     def rows_of(self, batch: int) -> torch.Tensor:
@@ -171,6 +176,7 @@ class GlimpsePrefix(DynamicCache):
             "layers": len(self.layers),
             "prune_layer": held.prune_layer,
             "left_out": held.dropped,
+            "in_place": held.in_place,
             "features": len(tokens.features),
             "kinds": tokens.kinds,
             "sizes": tokens.sizes,
@@ -214,6 +220,7 @@ class GlimpsePrefix(DynamicCache):
             tensors.get("order"),
             notes["left_out"],
             additions,
+            notes["in_place"],
         )
         pixels = [{int(column): each for column, each in of_row} for of_row in notes["pixels"]]
         ids, mask = (tensors[name].cpu() for name in ("input_ids", "mask"))

@@ -25,6 +25,7 @@ class HeldPrompt:
             where none was left out in front of the encoder.
         dropped: how many were left out.
         additions: by decoder layer above P what is added to `states` before it runs, as they are.
+        in_place: whether the layers above P ran as well, of which the prefix holds keys and values.
     """
 
     states: torch.Tensor
@@ -36,6 +37,7 @@ class HeldPrompt:
     order: torch.Tensor | None = None
     dropped: int = 0
     additions: dict[int, torch.Tensor] = field(default_factory=dict)
+    in_place: bool = False
 
     @property
     def length(self) -> int:

@@ -1,6 +1,7 @@
 """Look once, ask often: `look`, and full prompts over a prefix."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -26,8 +27,9 @@ class LookingMixin:
         attention_mask: torch.Tensor | None = None,
         *,
         cache: Cache | None = None,
-        prefix_length: int | None = None,
+        prefix_length: int | Sequence[int] | None = None,
         differentiable: bool = False,
+        in_place: bool = False,
         **inputs,
     ) -> GlimpsePrefix:
         """Run the beginning of a prompt once, for any number of questions about its visuals.
@@ -40,17 +42,24 @@ class LookingMixin:
             attention_mask: `(rows, length)`, or None for all ones.
             cache: a prefix that these prompts begin with; or the cache of an earlier turn, whose
                 visual tokens stay as they were chosen. Either is left as it is.
-            prefix_length: tokens of each prompt that the prefix takes, padding not counted.
-                Default: up to the last visual token and its end marker.
+            prefix_length: tokens of each prompt that the prefix takes, padding not counted; one
+                number for all, or one a row. Default: up to the last visual token and its end
+                marker.
             differentiable: keep what gradients need, for questions in training.
+            in_place: run the layers above P as well, so that questions may be asked with `in_place`
+                over whole prompts that nothing was dropped of.
             inputs: what else `generate` takes of the prompts; of the settings `prune_layer`.
 
         Raises:
-            ValueError: when there is no image or video, the cut would go through one, or the
-                prompts do not begin with the prefix given.
+            ValueError: when there is no image or video, the cut would go through one, the prompts
+                do not begin with the prefix given, or `in_place` comes with a cache.
         """
         given = inputs | {"input_ids": input_ids, "attention_mask": attention_mask}
         cache = take_cache(given, cache)
+        if in_place and cache is not None:
+            raise ValueError(
+                "look with in_place begins a prompt: leave the cache out, or look without in_place"
+            )
         if isinstance(cache, GlimpsePrefix):
             given = self.over_prefix(cache, given)
         ids, mask = given.pop("input_ids"), given.pop("attention_mask")
@@ -72,6 +81,7 @@ class LookingMixin:
                 input_ids=new["input_ids"],
                 attention_mask=whole_mask,
                 hold=True,
+                in_place=in_place,
                 use_cache=True,
                 return_dict=True,
                 **given_cache(cache if isinstance(cache, GlimpsePrefix) else shared_cache(cache)),
@@ -154,19 +164,28 @@ class LookingMixin:
             )
 
     def _ends(
-        self, ids: torch.LongTensor, mask: torch.Tensor, past: int, prefix_length: int | None
+        self,
+        ids: torch.LongTensor,
+        mask: torch.Tensor,
+        past: int,
+        prefix_length: int | Sequence[int] | None,
     ) -> list[int]:
         """The column of each row that a look goes up to."""
         counts = mask.cumsum(1)
         if prefix_length is not None:
-            least = int(counts[:, past - 1].max()) if past else 0
-            most = int(counts[:, -1].min())
-            if not least < prefix_length <= most:
+            lengths = counts[:, -1]
+            held = counts[:, past - 1] if past else torch.zeros_like(lengths)
+            taken = torch.as_tensor(prefix_length, device=mask.device)
+            if taken.ndim and len(taken) != len(ids):
+                raise ValueError(f"prefix_length has {len(taken)} numbers for {len(ids)} prompts")
+            taken = taken.expand(len(ids))
+            if bool(((taken <= held) | (taken > lengths)).any()):
+                least, most = int(held.max()) + 1, int(lengths.min())
                 raise ValueError(
-                    f"prefix_length must lie in {least + 1}..{most}, tokens of the prompts without "
+                    f"prefix_length must lie in {least}..{most}, tokens of the prompts without "
                     f"padding and behind the cache, got {prefix_length}"
                 )
-            return (1 + (counts < prefix_length).sum(1)).tolist()
+            return (1 + (counts < taken[:, None]).sum(1)).tolist()
         visual = torch.isin(ids, self.model.visual_token_ids.to(ids.device))
         marker = getattr(self.config, "vision_end_token_id", None)
         places = torch.arange(ids.shape[1], device=ids.device)

@@ -43,7 +43,7 @@ class Prefill:
         self.look()
         if self.request.hold:
             return self.hold()
-        if self.request.held is not None:
+        if self.request.held is not None and not self.request.in_place:
             self.join()
         if self.request.looks_ahead:
             self.look_ahead()
@@ -77,7 +77,9 @@ class Prefill:
         """Put the tokens on the cache, to wait there for what comes behind them."""
         request, block, cache = self.request, self.block, self.decoder_run.cache
         states, own = block.hidden_states, block.hidden_states.shape[1]
-        additions = block.additions
+        additions = dict(block.additions)
+        if request.in_place:
+            self._run_above()
         if request.held is not None:
             additions = request.held.with_additions(states, additions)
             states = request.held.with_states(states)
@@ -98,6 +100,7 @@ class Prefill:
             order,
             block.length - states.shape[1],
             additions,
+            request.in_place,
         )
         return states[:, -own:]
 
@@ -135,16 +138,21 @@ class Prefill:
         request, block, run = self.request, self.block, self.decoder_run
         if request.visual_log_keep is not None:
             block.soften(request.visual_log_keep, request.tokens.whole or request.tokens)
-        if request.prune_layer >= 0:
-            block.hidden_states = run_mlp(run.layers[request.prune_layer], block.hidden_states)
-        before = self._add_glimpse_vectors if request.in_place else None
-        run.whole_layers(block, request.prune_layer + 1, len(run.layers), before)
+        self._run_above()
         hidden_states = run.leave(block)
         if not request.in_place:
             seal(block, run.cache.layers)
             if request.compact_output and not run.outputs.wants_hidden_states:
                 return hidden_states
         return block.as_seen(hidden_states)
+
+    def _run_above(self) -> None:
+        """Layer P's MLP and the layers above it, over the tokens as they are."""
+        request, block, run = self.request, self.block, self.decoder_run
+        if request.prune_layer >= 0:
+            block.hidden_states = run_mlp(run.layers[request.prune_layer], block.hidden_states)
+        before = self._add_glimpse_vectors if request.in_place else None
+        run.whole_layers(block, request.prune_layer + 1, len(run.layers), before)
 
     @property
     def _query(self) -> slice:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import zlib
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-FORMAT = "glimpse_prefix 1"
+FORMAT = "glimpse_prefix 2"
 
 
 def write_parts(path: str | os.PathLike, tensors: dict[str, torch.Tensor], notes: dict) -> None:
@@ -18,8 +19,10 @@ def write_parts(path: str | os.PathLike, tensors: dict[str, torch.Tensor], notes
         notes: what JSON can hold.
     """
     partial = f"{os.fspath(path)}.partial"
-    copies = {name: each.detach().clone().contiguous() for name, each in tensors.items()}
-    save_file(copies, partial, metadata={"format": FORMAT, "notes": json.dumps(notes)})
+    copies = {name: each.detach().cpu().clone().contiguous() for name, each in tensors.items()}
+    metadata = {"format": FORMAT, "notes": json.dumps(notes)}
+    metadata["checksum"] = _checksum(copies, metadata["notes"])
+    save_file(copies, partial, metadata=metadata)
     os.replace(partial, path)
 
 
@@ -43,4 +46,16 @@ def read_parts(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
             f"{path} is no prefix of this release of GlimpsePrune (format "
             f"{metadata.get('format')!r}, expected {FORMAT!r})"
         )
-    return tensors, json.loads(metadata["notes"])
+    notes = metadata.get("notes", "")
+    if metadata.get("checksum") != _checksum(tensors, notes):
+        raise ValueError(f"{path} is damaged: what it holds does not fit its checksum")
+    return tensors, json.loads(notes)
+
+
+def _checksum(tensors: dict[str, torch.Tensor], notes: str) -> str:
+    """Of tensors on the host, by name, and notes."""
+    found = zlib.crc32(notes.encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"

@@ -28,7 +28,8 @@ class PruneRequest:
         prompt_length: tokens before the completion, `(batch,)` where rows differ, or None when all
             are prompt.
         in_place: keep every token and leave the glimpse token in the sequence, where the
-            completion sees it: the forward of stage 1.
+            completion sees it: the forward of stage 1. With `hold`: run the layers above P as well,
+            for questions that do so.
         only_glimpse: stop after the choice.
         compact_output: return the hidden states of kept tokens only, packed to the right.
         held: what a prefix holds of the prompt, whose visual tokens are among `tokens`.
@@ -58,10 +59,19 @@ class PruneRequest:
 
         Raises:
             ValueError: when the completion should see a glimpse that is not in the sequence, or
-                tokens that only wait for theirs.
+                tokens that only wait for theirs, or that were never encoded.
         """
-        if self.in_place and self.held is not None:
-            raise ValueError("in_place cannot be combined with a prefix: give the whole prompt")
+        over = self.in_place and self.held is not None
+        if over and not (self.held.in_place or self.only_glimpse):
+            raise ValueError(
+                "in_place over a prefix needs one whose upper layers ran, too: look with "
+                "in_place=True, or give the whole prompt"
+            )
+        if (over or self.in_place and self.hold) and self.tokens.encoded is not None:
+            raise ValueError(
+                "in_place over a prefix needs whole images: leave redundant_patches and "
+                "visual_encode_mask out, or give the whole prompt"
+            )
         if self.in_place and self.runs_beside:
             raise ValueError(
                 "in_place needs the glimpse token in the sequence, so prune_layer must be "

@@ -202,7 +202,7 @@ class PrunedForwardMixin:
         In place, the prompt does: it never sees the glimpse token, so on a frozen base none of it
         needs a gradient, and the backward pass runs over glimpse and completion alone.
         """
-        if not request.in_place:
+        if not request.in_place or request.hold:
             return 0
         return prompt_length if request.glimpse.token is not None else prompt_length - 1
 

@@ -39,7 +39,8 @@ class PruningArguments:
             `labels` begin; else, with `logits_to_keep=n` below the length, all but the last n - 1
             tokens are prompt, as in assisted decoding and in trl; else everything is. Where rows
             differ it is a tensor `(batch,)`, padding counted, and no cache is returned.
-        in_place: score only: keep every token and let the completion see the glimpse token.
+        in_place: score only: keep every token and let the completion see the glimpse token. Over a
+            prefix it takes one that was made with `in_place`.
         only_glimpse: for backbones: stop after layer K; the record is on the returned cache.
         compact_output: for backbones: return kept tokens only, packed to the right, instead of the
             logical layout with zeros at dropped tokens.

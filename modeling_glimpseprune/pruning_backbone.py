@@ -85,7 +85,7 @@ class PruningModelMixin(
         held = None
         if isinstance(cache, GlimpsePrefix):
             check_over_prefix(cache, self, inputs_embeds, kwargs)
-            cache, held = cache.fork(len(inputs_embeds))
+            cache, held = cache.fork(len(inputs_embeds), arguments.in_place)
         describes = arguments.prune is not False or past_length(cache) > 0
         choice = self._encode_choice(arguments, mm_encoder_outputs)
         encoded = self._encode(mm_encoder_outputs, kwargs, describes, choice, input_ids)

@@ -12,8 +12,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from glimpseprune.data.visual_cot import read_visual_cot
 from glimpseprune.data.visual_cot_collator import VisualCoTCollator
 from glimpseprune.tiny_world.vocabulary import build_processor
+from glimpseprune.training.base import load_for_training
+from glimpseprune.training.late_glimpse import late_backbone
 from glimpseprune.training.recipe import read_recipe
-from glimpseprune.training.stage1_config import Stage1Recipe
+from glimpseprune.training.stage1_config import Stage1Config, Stage1Recipe
+from glimpseprune.training.stage1_trainer import Stage1Trainer
 
 GLIMPSE = {
     "glimpse_layer": 1,
@@ -76,6 +79,18 @@ def write_data(folder: Path) -> Path:
     return path
 
 
+def write_page(folder: Path) -> Path:
+    """Eight questions about one page of 8 x 6 tokens."""
+    pixels = np.random.default_rng(0).integers(0, 256, (168, 224, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "page.png")
+    row = {"answer": "7", "image": "page.png", "bboxs": [[28, 0, 84, 56]], "dataset": "test"}
+    rows = [row | {"question": f"What is the value of a{number}?"} for number in range(8)]
+    path = folder / "page.jsonl"
+    lines = [json.dumps(row | {"width": 224, "height": 168}) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 def recipe_of(base: Path, data: Path, output: Path, /, **overrides) -> Stage1Recipe:
     """A recipe of four steps; overrides as `read_recipe` takes them."""
     fields = {"base": str(base), "data": str(data), "output": str(output)}
@@ -97,3 +112,42 @@ def collate(data, processor, rows):
     """A batch of the questions `rows` of a data file."""
     questions = read_visual_cot(data, need_boxes=False, need_answers=False)
     return VisualCoTCollator(processor)([[questions[row] for row in rows]])
+
+
+def trainer_that_learns(
+    base: Path, glimpse: dict, settings: dict, late: str | None = None
+) -> Stage1Trainer:
+    """A trainer whose additions, if there are any, are not zero: behind zeros nothing learns."""
+    torch.manual_seed(0)
+    model, processor, _ = load_for_training(str(base), glimpse)
+    config = Stage1Config(output_dir="unused", bf16=False, use_cpu=True, **settings)
+    trainer = Stage1Trainer(model, config, late=late and late_backbone(late, model))
+    trainer.processor, trainer.state.max_steps = processor, 10
+    for name, weight in model.model.glimpse.named_parameters():
+        if "_additions." in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return trainer
+
+
+def step(trainer, batch, look_once) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a training step, and its gradients by weight."""
+    trainer.args.look_once = look_once
+    trainer.model.train().zero_grad()
+    torch.manual_seed(5)  # the same noise
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    weights = trainer.model.named_parameters()
+    return loss.detach(), {name: each.grad for name, each in weights if each.grad is not None}
+
+
+def assert_same_step(found, expected) -> None:
+    """Within 1e-5, a hundred float32 roundings of the largest gradient.
+
+    Sums over a prompt's keys are cut in two, and rows that share a page add to its gradients in
+    another order.
+    """
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    largest = max(each.abs().max() for each in expected[1].values())
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).abs().max() <= 1e-5 * max(1, largest), name

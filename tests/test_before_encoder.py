@@ -306,6 +306,19 @@ def test_ways_of_generating(models, options):
         assert torch.equal(found[row, -3:], alone[0, -3:])
 
 
+def test_in_place_over_a_look_needs_whole_images():
+    model = build_models(3, glimpse={"glimpse_layer": 1}).pruned
+    batch = build_batch([[2, (2, 3), 4]])
+    encode = torch.tensor([True, False, True, True, False, True])
+    with pytest.raises(ValueError, match="in_place over a prefix needs whole images"):
+        model.look(**batch.inputs, in_place=True, visual_encode_mask=encode)
+    part = model.look(**batch.inputs, visual_encode_mask=encode)
+    behind = {"input_ids": batch.inputs["input_ids"][:, part.get_seq_length() :]}
+    behind |= {"attention_mask": batch.inputs["attention_mask"], **given_cache(part)}
+    with pytest.raises(ValueError, match="in_place over a prefix needs whole images"):
+        model.model(**behind, in_place=True, only_glimpse=True, use_cache=True)
+
+
 def test_training_in_place(models):
     """Stage 1's forward: logits of the completion as if the tokens were not there."""
     model = build_models(3, glimpse={"glimpse_layer": 1}).pruned

@@ -15,7 +15,8 @@ from glimpseprune.baselines.visionzip import VisionZip
 from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.evaluation import batches, evaluate, summarise
 from glimpseprune.loading import TINY_MODEL, load_model, prepare
-from modeling_glimpseprune.stock import ENCODES_FIRST
+from glimpseprune.questions import Questions
+from modeling_glimpseprune.stock import CACHE_NAME, ENCODES_FIRST
 
 QUESTIONS = 6  # four about the first page, two about the second
 METHODS = [
@@ -102,6 +103,27 @@ def test_a_look_changes_no_answer(tiny, samples, evaluation):
     fresh = evaluate(*tiny, samples, METHODS + OVER_A_LOOK, batch_size=6, fresh=True)
     for given, expected in zip(evaluation.answers + over.answers, fresh.answers, strict=True):
         assert given == expected
+
+
+def test_held_prompts_change_no_answer(tiny, samples, evaluation):
+    """Each question's own tokens but the last run once up to layer K, not once a method."""
+    model, processor = tiny
+    methods, tokens = METHODS[:3] + OVER_A_LOOK, []
+    asked = Questions(model, processor, samples).ready(model.config.glimpse_layer).inputs
+    own = asked["input_ids"].shape[1] - asked[CACHE_NAME].get_seq_length()
+    counted = model.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda _, __, output: tokens.append(output.shape[0] * output.shape[1])
+    )
+    ran, answers = [], []
+    for hold_prompts in (False, True):
+        tokens.clear()
+        given = evaluate(model, processor, samples, methods, 6, hold_prompts=hold_prompts).answers
+        ran.append(sum(tokens))
+        answers.append(given)
+    counted.remove()
+    assert answers[0] == answers[1] and answers[1][:3] == evaluation.answers[:3]
+    # One of the seven has a prune layer, and a look, of its own; six share the other.
+    assert ran[0] - ran[1] == QUESTIONS * (own - 1) * (6 - 1)
 
 
 def test_each_image_is_looked_at_once(tiny, samples, monkeypatch):

@@ -15,6 +15,7 @@ from fresh_process import run_fresh
 from llava_prompts import PATCH, PINPOINTS, SIDE, TILE, config_fields, next_config_fields
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from stage1_data import assert_same_step, collate, step, trainer_that_learns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -187,6 +188,15 @@ def test_a_training_prompt_is_the_processors(family, base, data):
         wide, tall = (part.view(SIDE, SIDE) for part in batch["evidence_mask"].split(counts))
         assert wide.tolist() == [[False] * 3, [True, False, False], [True, False, False]]
         assert not tall.any()
+
+
+@pytest.mark.parametrize("glimpse", [{}, {"prune_layer": 0, "stale_rank": 2}])
+def test_stage_1_over_looks_learns_the_same(base, data, glimpse):
+    settings = {"answer_weight": 0.0} if glimpse else {}
+    trainer = trainer_that_learns(base, GLIMPSE | glimpse, settings)
+    batch = collate(data, trainer.processor, [1, 0, 3, 2])
+    expected, found = (step(trainer, batch, look_once) for look_once in (False, True))
+    assert_same_step(found, expected)
 
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])

@@ -9,8 +9,15 @@ from test_cost import GRID, TEXT, VISION_TOKENS, count_flops, geometry, rotary_f
 
 from benchmarks.efficiency.measurement import peak_bytes
 from benchmarks.prefill_flops import MODELS, many_questions
-from glimpseprune.look_cost import look, look_numbers, question_over_look, stock_question
+from glimpseprune.look_cost import (
+    look,
+    look_numbers,
+    question_over_look,
+    stale_keys_and_values,
+    stock_question,
+)
 from glimpseprune.prefill_cost import Additions
+from modeling_glimpseprune.look_ahead import LookAhead
 from modeling_glimpseprune.stock import cache_of, given_cache
 
 PREFIX = TEXT[0] + VISION_TOKENS + math.prod(GRID)
@@ -89,6 +96,23 @@ def test_what_a_look_holds(batch):
     decoder, predictor = geometry(model)
     numbers = look_numbers(decoder, predictor, PREFIX, math.prod(GRID), prune_layer=1)
     assert model.look(**batch.inputs).nbytes == 4 * numbers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prune_layer", [0, 1, 2])
+def test_what_a_look_could_hold_of_stale_states(batch, prune_layer, monkeypatch):
+    model, made, counted = build(prune_layer=prune_layer).pruned, [], []
+    original = LookAhead._of_stale
+
+    def counting(*args):
+        counted.append(count_flops(lambda: made.append(original(*args))))
+        return made[-1]
+
+    prefix = model.look(**batch.inputs)
+    monkeypatch.setattr(LookAhead, "_of_stale", counting)
+    over(model, batch, prefix, prune_threshold=0.0)
+    expected = stale_keys_and_values(geometry(model)[0], 3, prune_layer, math.prod(GRID))
+    assert (sum(counted), sum(each.numel() for each in made)) == expected
 
 
 @torch.no_grad()

@@ -267,6 +267,56 @@ def test_gradients_reach_through_a_look(build_models, build_batch, soft):
         assert_near(gradients[1][name] / largest, expected / largest, 1e-5)
 
 
+@pytest.mark.feature("training over a prefix")
+@torch.no_grad()
+def test_answers_in_place_over_a_prefix(make_model, build_batch, tmp_path):
+    """Several questions in one batch, behind a page that ran all layers, stored in between."""
+    model, rows = make_model(GLIMPSE_LAYER), asked(build_batch(PAGE), 3)
+    batch = pad_together(rows)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    answer = torch.randint(1, 150, (3, 2), generator=torch.Generator().manual_seed(3))
+    whole = {
+        "input_ids": torch.cat([ids, answer], dim=1),
+        "attention_mask": torch.cat([mask, torch.ones_like(answer)], dim=1),
+    }
+    if "mm_token_type_ids" in batch:
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, 2))
+    settings = {"in_place": True, "use_cache": True}
+    fresh = model(**(batch | whole), **settings, prompt_length=ids.shape[1])
+    model.look(**rows[0], in_place=True).save(tmp_path / "page.safetensors")
+    prefix = model.load_prefix(tmp_path / "page.safetensors").to("cpu")
+    before, past = tensors_of(prefix), prefix.get_seq_length()
+    prompts = prefix.prompts(ids, mask)
+    behind = prompts["input_ids"][:, past:]
+    over = model(
+        input_ids=torch.cat([behind, answer], dim=1),
+        attention_mask=torch.cat([prompts["attention_mask"], torch.ones_like(answer)], dim=1),
+        prompt_length=behind.shape[1],
+        **settings,
+        **given_cache(prefix),
+    )
+    assert_near(over.logits[:, -3:], fresh.logits[:, -3:], ATOL)
+    assert_same_records(cache_of(over).glimpse, cache_of(fresh).glimpse)
+    pruned = generate(model, prompts | given_cache(prefix), 3, max_keep_ratio=0.4)
+    assert_equals_fresh(pruned, generate(model, batch, 3, max_keep_ratio=0.4))
+    assert_unchanged(prefix, before)
+
+
+@pytest.mark.feature("prefixes: look once, ask often")
+@pytest.mark.parametrize("prune_layer", EARLY)
+@torch.no_grad()
+def test_all_but_the_last_token_of_each_prompt(make_model, build_batch, prune_layer):
+    """What several masks of one prompt are asked over; rows of different length."""
+    model, batch = make_model(prune_layer), pad_together(asked(build_batch(PAGE), 3))
+    lengths = batch["attention_mask"].sum(1) - 1
+    prefix = model.look(**batch, prefix_length=lengths.tolist())
+    assert prefix.get_seq_length() == batch["input_ids"].shape[1] - 1
+    inputs = without_pixels(batch) | given_cache(prefix)
+    for settings in ({"max_keep_ratio": 0.4}, {"prune_threshold": 0.0}):
+        over = generate(model, inputs, 3, **settings)
+        assert_equals_fresh(over, generate(model, batch, 3, **settings))
+
+
 @pytest.mark.feature("threads")
 @torch.no_grad()
 def test_threads_share_a_prefix(make_model, build_batch):
@@ -447,6 +497,16 @@ class TestBadInput:
             with pytest.raises(ValueError, match="cannot be cropped|never written to"):
                 write()
 
+    def test_cutting_an_answers_cache_into_its_visual_tokens(self, over):
+        model, row, prefix = over
+        given = without_pixels(row) | given_cache(prefix)
+        output = generate(model, given, 3, max_keep_ratio=0.4)
+        cache, length = cache_of(output), row["input_ids"].shape[1]
+        with pytest.raises(ValueError, match="the cut would reach the prompt's visual tokens"):
+            cache.layers[0].crop(prefix.get_seq_length() - 2)
+        cache.layers[0].crop(length)
+        assert cache.layers[0].get_seq_length() == length
+
     def test_chunks(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="prefill_chunk_size"):
@@ -484,6 +544,21 @@ class TestBadInput:
         with pytest.raises(ValueError, match="prefix_length must lie in 1"):
             model.look(**row, prefix_length=length)
 
+    def test_prefix_lengths_of_rows(self, over):
+        model, row, prefix = over
+        with pytest.raises(ValueError, match="prefix_length has 2 numbers for 1 prompts"):
+            model.look(**row, prefix_length=[3, 4])
+
+    def test_in_place_needs_upper_layers(self, over):
+        model, row, prefix = over
+        behind = {"input_ids": row["input_ids"][:, prefix.get_seq_length() :]}
+        late = model.look(**row, prune_layer=GLIMPSE_LAYER)
+        behind |= {"attention_mask": row["attention_mask"], **given_cache(late)}
+        with pytest.raises(ValueError, match="look with in_place=True, or give the whole prompt"):
+            model(**behind, in_place=True)
+        with pytest.raises(ValueError, match="look with in_place begins a prompt"):
+            model.look(**row, in_place=True, **given_cache(prefix))
+
     def test_a_cut_through_an_image(self, over):
         model, row, prefix = over
         with pytest.raises(ValueError, match="prefix_length cuts through the image of prompt 0"):
@@ -497,6 +572,12 @@ class TestBadInput:
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ValueError, match="damaged or no prefix"):
             model.load_prefix(path)
+        for offset in (-1, whole.index(b"prune_layer") + 2):  # among numbers, and among notes
+            damaged = bytearray(whole)
+            damaged[offset] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="is damaged: what it holds does not fit"):
+                model.load_prefix(path)
         path.write_bytes(b"")
         with pytest.raises(ValueError, match="damaged or no prefix"):
             model.load_prefix(path)

@@ -12,7 +12,15 @@ from fresh_process import run_fresh
 from PIL import Image
 from qwen3_prompts import write_qwen3_base
 from reference import added_between_layers
-from stage1_data import recipe_of, write_data
+from stage1_data import (
+    GLIMPSE,
+    assert_same_step,
+    collate,
+    recipe_of,
+    step,
+    trainer_that_learns,
+    write_data,
+)
 from test_invariants import assert_near, generate
 from test_llava import FRESH_PROCESS
 
@@ -181,6 +189,20 @@ def test_stage_1_ends_in_a_repository_that_a_fresh_process_loads(base, data, tmp
     importance, keep_mask = load_in_a_fresh_process(Path(recipe.output), page, tmp_path)
     torch.testing.assert_close(importance, expected.importance)
     assert torch.equal(keep_mask, expected.keep_mask)
+
+
+@pytest.mark.parametrize("objective", ["in place", "read ahead", "distillation"])
+def test_stage_1_over_looks_learns_the_same(base, data, objective):
+    """The prune layer lies among those that features are added behind, or above them."""
+    glimpse, settings = GLIMPSE, {}
+    if objective == "read ahead":
+        glimpse, settings = GLIMPSE | {"prune_layer": 0}, {"answer_weight": 0.0}
+    elif objective == "distillation":
+        settings = {"grounding_weight": 0.0, "distillation_weight": 1.0}
+    trainer = trainer_that_learns(base, glimpse, settings)
+    batch = collate(data, trainer.processor, [1, 0, 3, 4])
+    expected, found = (step(trainer, batch, look_once) for look_once in (False, True))
+    assert_same_step(found, expected)
 
 
 @pytest.mark.parametrize("glimpse_only", [False, True])

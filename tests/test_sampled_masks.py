@@ -7,13 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stage2_data import PROMPTS, compare_with_generation, history, share
+from stage1_data import write_page
+from stage2_data import (
+    PROMPTS,
+    compare_with_generation,
+    history,
+    learned,
+    share,
+    something_to_learn,
+)
 from torch.distributions import Bernoulli
+from torch.utils.flop_counter import FlopCounterMode
 
 from glimpseprune.cli import main
 from glimpseprune.hub.shards import GLIMPSE_WEIGHTS
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.merging import merge_stage2
+from glimpseprune.training.rollout import SharedPrompts, completion_logits
 from glimpseprune.training.sampled_masks import (
     draw_masks,
     glimpse_at,
@@ -110,6 +120,110 @@ def test_a_glimpse_in_training_is_the_one_of_generation(loaded, data):
     for place, prompt in enumerate([0, 2]):
         alone = model.glimpse(**prompts.model_inputs([prompt]))
         assert torch.allclose(record.visuals[place].importance, alone.importance, atol=1e-5)
+
+
+def masks_of(model, prompts, copies):
+    """Prompts with a mask drawn for each copy, always the same ones."""
+    with torch.no_grad():
+        record = glimpse_at(model, prompts, list(range(len(prompts.image_index))))
+    torch.manual_seed(1)
+    masks = draw_masks(record, model.config, prompts.visual_counts, copies)
+    return prompts.repeated(copies).with_masks(masks)
+
+
+@torch.no_grad()
+def test_masks_of_a_prompt_are_sampled_and_scored_over_one_look(loaded, data):
+    model, _ = loaded
+    prompts, copies = share(loaded, data, PROMPTS), [0, 0, 1, 1, 1, 2]
+    expected = glimpse_at(model, prompts, [2, 0])
+    looked = prompts.looked_at(model)
+    found = glimpse_at(model, looked, [2, 0])
+    # Scores of a few tokens come out of other sums than those of a whole prompt.
+    torch.testing.assert_close(found.importance, expected.importance, atol=1e-5, rtol=1e-5)
+    repeated = masks_of(model, looked, copies)
+    used = compare_with_generation(model, repeated, list(range(6)))
+    assert repeated.prefix is not None and used.prefix is None
+    plain = masks_of(model, prompts, copies)
+    assert all(map(torch.equal, used.keep_masks, plain.keep_masks))
+    ids = torch.arange(12).view(6, 2)
+    logits = [
+        completion_logits(model, each, list(range(6)), ids, torch.ones_like(ids))
+        for each in (plain, plain.looked_at(model))
+    ]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_over_a_look_are_those_of_whole_prompts(loaded, data, checkpointing):
+    """Of completions under three masks and of the masks themselves, by every weight."""
+    model, _ = loaded
+    masks = masks_of(model, share(loaded, data, [0, 3]), [0, 0, 0, 1])
+    rows, ids = [0, 1, 2, 3], torch.arange(8).view(4, 2)
+
+    def gradients(prompts):
+        model.zero_grad()
+        logits = completion_logits(model, prompts, rows, ids, torch.ones_like(ids))
+        record = glimpse_at(model, prompts, [0, 3])
+        sizes = [prompts.visual_counts[row] for row in (0, 3)]
+        log_probs = mask_log_probs(record, model.config, sizes, [0, 0, 0, 1], prompts.keep_masks)
+        (logits.square().mean() + log_probs.sum()).backward()
+        return {
+            name: each.grad.clone()
+            for name, each in model.named_parameters()
+            if each.grad is not None
+        }
+
+    model.requires_grad_(True)
+    model.model.visual.requires_grad_(False)
+    try:
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train().model.glimpse.eval()
+        expected, found = gradients(masks), gradients(masks.looked_at(model))
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+        model.requires_grad_(False)
+    assert found.keys() == expected.keys() and len(found) > 40
+    largest = max(each.abs().max() for each in expected.values())
+    for name, gradient in expected.items():
+        # A hundred float32 roundings of the largest one, as sums are cut in two.
+        assert (found[name] - gradient).abs().max() <= 1e-5 * largest, name
+
+
+def test_operations_that_a_look_saves(loaded, tmp_path):
+    """Eight masks of one prompt of 48 visual tokens and 18 of text, prefilled.
+
+    Layer 0 and the attention of layer 1, 24.6 thousand operations a token, run over it once in
+    place of eight times, and over its last token for each mask. The rest, 30.7 thousand, runs over
+    the text alone either way, as the masks are empty: (66 / 8 + 1) * 24.6 + 18 * 30.7 over
+    66 * 24.6 + 18 * 30.7 is .36.
+    """
+    model = loaded[0].requires_grad_(False)
+    prompts, counted = share(loaded, write_page(tmp_path), [0]), []
+    assert prompts.visual_counts == [48] and prompts.inputs["input_ids"].shape[1] == 66
+    masks = prompts.repeated([0] * 8)
+    masks = masks.with_masks(torch.zeros(8 * 48, dtype=torch.bool))
+    ids = torch.zeros(8, 1, dtype=torch.long)
+    for look_once in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            asked = masks.looked_at(model) if look_once else masks
+            completion_logits(model, asked, list(range(8)), ids, torch.ones_like(ids))
+        counted.append(counter.get_total_flops())
+    assert counted[1] < 0.42 * counted[0]
+
+
+def test_looks_change_nothing_that_is_learned(make_stage2_recipe, monkeypatch):
+    """Steps in proportion to gradients, so that weights are as near as those."""
+    with something_to_learn("sampled") as settings:
+        settings |= {"masks_per_prompt": 2, "training.optim": "sgd", "training.max_grad_norm": 0.0}
+        recipes = [make_stage2_recipe(name, **settings) for name in ("looked", "whole")]
+        train_stage2(recipes[0])
+        monkeypatch.setattr(SharedPrompts, "looked_at", lambda prompts, model: prompts)
+        train_stage2(recipes[1])
+    found, expected = map(learned, recipes)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4)
 
 
 def test_the_glimpse_learns_to_keep_what_is_rewarded(make_stage2_recipe, glimpsing, tmp_path):

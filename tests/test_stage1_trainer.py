@@ -549,13 +549,16 @@ def start(recipe, *launcher: str, flags: tuple[str, ...] = ()) -> subprocess.Pop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["grounding", "distillation", "grounding, read ahead"])
+@pytest.mark.parametrize(
+    "objective", ["grounding", "distillation", "grounding, read ahead", "grounding, looked once"]
+)
 def test_two_processes_equal_one_with_twice_the_accumulation(make_recipe, base, objective):
     """The same losses, logged step by step, and the same weights; one process writes."""
     step = {"optim": "sgd", "max_steps": 3, "warmup": 0.0, "save_steps": 2, "mask_noise": False}
     step["per_device_train_batch_size"] = 1  # six questions: no step shorter than another
     if objective == "distillation":
         step |= {"grounding_weight": 0.0, "distillation_weight": 1.0}
+    step["look_once"] = objective == "grounding, looked once"
     fields = {}
     if objective == "grounding, read ahead":
         step["answer_weight"] = 0.0

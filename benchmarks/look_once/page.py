@@ -7,11 +7,17 @@ from pathlib import Path
 
 from benchmarks.prefill_flops import MODELS, many_questions
 from glimpseprune.hub.shards import read_json
-from glimpseprune.look_cost import ManyQuestions, look_numbers
+from glimpseprune.look_cost import ManyQuestions, look_numbers, stale_keys_and_values
 
 MODEL, LATE, EARLY = "qwen2_5_vl_7b", 18, 5
 VISUAL, KEPT, PREFIX_TEXT, QUESTION = 5074, 202, 16, 44
 COUNTED, MEASURED = (1, 2, 4, 8, 16, 32), (1, 4, 8)
+STALE = {  # P, visual tokens and those kept of models whose glimpse is read ahead
+    "qwen2_5_vl_7b": (EARLY, VISUAL, KEPT),
+    "qwen2_5_vl_3b": (6, VISUAL, KEPT),
+    "qwen3_vl_8b": (5, VISUAL, KEPT),
+    "llava_1_5_7b": (4, 576, 64),
+}
 OTHERS = {"evaluate": "evaluate_by_image.json", "second": "second_questions.json"}
 RIVAL, FRESH = "stock, prefix cache", "stock fresh"
 COLUMNS = (
@@ -101,7 +107,37 @@ def counted() -> str:
         encoder, which both pay once). Against whole prompts a look wins from the second question
         on."""
     parts.append(_wrapped(even))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _stale()])
+
+
+def _stale() -> str:
+    """Why a look at an early P does not hold what the look-ahead makes of stale states."""
+    saved, _ = stale_keys_and_values(MODELS[MODEL][0], LATE, EARLY, VISUAL)
+    eight = 1 - 7 * saved / _law(EARLY, with_vision=False).looked(8)
+    why = f"""**Not held: keys and values of stale states.** With an early P the look-ahead makes
+        them of the same states for each question. A look could hold them, and does not: at 7B and
+        P = {EARLY} each question but the first would save {saved / 1e12:.3f} TFLOP, eight questions
+        {1 - eight:.0%} of what they cost without the vision encoder, for more than twice the bytes,
+        nearly those of a look at P = K. Where a token has more keys and values (Qwen3-VL-8B: 8
+        heads; LLaVA-1.5: all 32) the share is a quarter, and the bytes three to four times as
+        many:"""
+    rows = ["| | P of K | a question, TFLOP | of it saved | MiB held | more | MiB held at P = K |"]
+    rows.append("|---" * 7 + "|")
+    for model, (layer, visual, kept) in STALE.items():
+        decoder, predictor, glimpse_layer = MODELS[model]
+        shape = (layer, PREFIX_TEXT, QUESTION, visual, kept)
+        asking = many_questions(model, *shape, with_vision=False).asking
+        saved, numbers = stale_keys_and_values(decoder, glimpse_layer, layer, visual)
+        held, late = (
+            look_numbers(decoder, predictor, PREFIX_TEXT + visual, visual, each)
+            for each in (layer, glimpse_layer)
+        )
+        mebibytes = [f"{2 * each / 2**20:.1f}" for each in (held, numbers, late)]
+        rows.append(
+            f"| {model} | {layer} of {glimpse_layer} | {asking / 1e12:.3f} | "
+            f"{saved / asking:.0%} | {mebibytes[0]} | {mebibytes[1]} | {mebibytes[2]} |"
+        )
+    return _wrapped(why) + "\n\n" + "\n".join(rows)
 
 
 def _law(layer: int, with_vision: bool) -> ManyQuestions:

@@ -22,14 +22,19 @@ def run_methods(
     max_new_tokens: int,
     metric: Metric,
 ) -> None:
-    """Answer what the file does not hold yet, and add it there batch by batch."""
+    """Answer what the file does not hold yet, and add it there batch by batch.
+
+    Several methods share what a look held of a question's whole prompt.
+    """
     settings = {(method.name, method.ratio, method.seed) for method in methods}
     held: dict[int, set] = {}
     for record in read_records(path):
         held.setdefault(record.number, set()).add(record.setting)
     left = [sample for sample in samples if not settings <= held.get(sample.number, set())]
     for batch in tqdm(list(batches(left, batch_size)), unit="batch"):
-        evaluation = evaluate(model, processor, batch, methods, batch_size, max_new_tokens, metric)
+        shape = (batch_size, max_new_tokens, metric)
+        several = len(methods) > 1
+        evaluation = evaluate(model, processor, batch, methods, *shape, hold_prompts=several)
         append_records(
             path,
             (

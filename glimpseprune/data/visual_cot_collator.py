@@ -16,6 +16,7 @@ from ..images import open_image
 from .visual_cot import VisualCoTRow, visible_evidence
 
 IGNORED_LABEL = -100
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 ROW_INPUTS = ("image_grid_thw",)  # inputs of an image that the language model wants for each row
 
 

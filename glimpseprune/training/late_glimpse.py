@@ -64,6 +64,13 @@ def late_backbone(source: str, model: PreTrainedModel) -> PreTrainedModel:
     return backbone
 
 
+def with_backbone(model: PreTrainedModel, backbone: PreTrainedModel) -> PreTrainedModel:
+    """A view of a model over another backbone, which shares all else with it."""
+    view = copy.copy(model)
+    view._modules = model._modules | {"model": backbone}
+    return view
+
+
 @torch.no_grad()
 def start_glimpse_from(model: PreTrainedModel, late: Glimpse) -> None:
     """Let fresh glimpse weights start as those of a late glimpse; new additions stay at zero."""

@@ -1,7 +1,8 @@
 """Prompts that several completions share: encoded once, pruned once, prefilled once.
 
 Sampling and scoring go the same two steps: the prompt is pruned in a prefill of its own, and its
-cache is repeated for the prompt's completions, which then run over what was kept.
+cache is repeated for the prompt's completions, which then run over what was kept. The masks of one
+prompt may share a look: layers 0..P over all of it but its last token.
 """
 
 from collections.abc import Iterator
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from modeling_glimpseprune.glimpse_prefix import GlimpsePrefix
+from modeling_glimpseprune.later_turns import past_length
 from modeling_glimpseprune.stock import cache_of, given_cache
 from modeling_glimpseprune.visual_features import VisualFeatures
 
-from ..data.visual_cot_collator import ROW_INPUTS
-
-TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+from ..data.visual_cot_collator import ROW_INPUTS, TEXT_INPUTS
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class SharedPrompts:
         image_index: which of the images each prompt shows.
         keep_masks: one bool tensor a prompt over its visual tokens; None before they are chosen.
         sources: which of the prompts that were repeated each is, see `repeated`.
+        prefix: a look with a row for each prompt, all but its last token; None: whole prompts run.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -38,6 +40,7 @@ class SharedPrompts:
     image_index: list[int]
     keep_masks: list[torch.Tensor] | None = None
     sources: list[int] | None = None
+    prefix: GlimpsePrefix | None = None
 
     @property
     def visual_counts(self) -> list[int]:
@@ -54,25 +57,58 @@ class SharedPrompts:
         """The same with the keep mask `(N,)` of all visual tokens, prompt after prompt."""
         return replace(self, keep_masks=list(keep_mask.split(self.visual_counts)))
 
-    def repeated(self, copies: list[int]) -> "SharedPrompts":
-        """One prompt for each of `copies`, so that each can have a mask of its own."""
+    def part(self, prompts: list[int]) -> "SharedPrompts":
+        """Some of the prompts, in any order and as often as named."""
+        masks, sources = self.keep_masks, self.sources
         return SharedPrompts(
-            {name: values[copies] for name, values in self.inputs.items()},
+            {name: values[prompts] for name, values in self.inputs.items()},
             self.features,
-            [self.image_index[prompt] for prompt in copies],
-            sources=copies,
+            [self.image_index[prompt] for prompt in prompts],
+            None if masks is None else [masks[prompt] for prompt in prompts],
+            None if sources is None else [sources[prompt] for prompt in prompts],
+            None if self.prefix is None else self.prefix.select_rows(prompts),
         )
 
+    def repeated(self, copies: list[int]) -> "SharedPrompts":
+        """One prompt for each of `copies`, so that each can have a mask of its own."""
+        return replace(self.part(copies), keep_masks=None, sources=copies)
+
+    def looked_at(self, model: PreTrainedModel) -> "SharedPrompts":
+        """The same over a look, one for all repetitions of a prompt.
+
+        Gradients pass where they are switched on.
+
+        Args:
+            model: that looks, and goes on with the prompts.
+        """
+        sources = list(range(len(self.image_index))) if self.sources is None else self.sources
+        different = list(dict.fromkeys(sources))
+        first = [sources.index(source) for source in different]
+        inputs = replace(self, keep_masks=None, prefix=None).model_inputs(first)
+        lengths = inputs["attention_mask"].sum(1) - 1
+        prefix = model.look(**inputs, prefix_length=lengths.tolist(), differentiable=True)
+        return replace(self, prefix=prefix.select_rows([*map(different.index, sources)]))
+
     def model_inputs(self, prompts: list[int]) -> dict[str, object]:
-        """What a prefill of some of the prompts takes."""
-        images = [self.image_index[prompt] for prompt in prompts]
-        features = self.features.select(images)
+        """What `generate` takes of some of the prompts."""
         inputs = {name: values[prompts] for name, values in self.inputs.items()}
-        inputs["mm_encoder_outputs"] = {"image": features}
+        if self.prefix is None:
+            images = [self.image_index[prompt] for prompt in prompts]
+            inputs["mm_encoder_outputs"] = {"image": self.features.select(images)}
+        else:
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs |= given_cache(self.prefix.select_rows(prompts))
         if self.keep_masks is not None:
             masks = [self.keep_masks[prompt] for prompt in prompts]
             inputs["visual_keep_mask"] = torch.cat(masks)
         return inputs
+
+    def forward_inputs(self, prompts: list[int]) -> dict[str, object]:
+        """The same as `forward` takes it: over a look only what stands behind it, and a cache."""
+        inputs = self.model_inputs(prompts)
+        if self.prefix is not None:
+            inputs["input_ids"] = inputs["input_ids"][:, past_length(self.prefix) :]
+        return given_cache(DynamicCache()) | inputs
 
 
 @torch.no_grad()
@@ -113,7 +149,8 @@ def sample_completions(
         config: its `max_new_tokens` is C.
 
     Returns:
-        Token ids `(R, at most C)`, padded after their ends, and the prompts with the masks used.
+        Token ids `(R, at most C)`, padded after their ends, and the prompts with the masks used,
+        without a look.
     """
     one_token = copy(config)
     one_token.max_new_tokens = 1
@@ -121,7 +158,7 @@ def sample_completions(
     every_prompt = list(range(len(prompts.image_index)))
     start = model.generate(**prompts.model_inputs(every_prompt), generation_config=one_token)
     cache = cache_of(start)
-    prompts = prompts.with_masks(cache.glimpse.keep_mask)
+    prompts = replace(prompts.with_masks(cache.glimpse.keep_mask), prefix=None)
     index = torch.tensor(copies, device=start.sequences.device)
     first = torch.multinomial(start.scores[0].float().softmax(-1)[index], num_samples=1)
     if config.max_new_tokens == 1:
@@ -163,12 +200,13 @@ def completion_logits(
     """
     different = sorted(set(rows))
     index = torch.tensor([different.index(row) for row in rows], device=completion_ids.device)
-    inputs, cache = prompts.model_inputs(different), DynamicCache()
+    inputs = prompts.forward_inputs(different)
     whole = {"prompt_length": inputs["input_ids"].shape[1]}  # the completions follow below
-    prefill = model(**inputs, **whole, **given_cache(cache), use_cache=True, logits_to_keep=1)
+    prefill = model(**inputs, **whole, use_cache=True, logits_to_keep=1)
     first = prefill.logits[:, -1:][index]
     if completion_ids.shape[1] == 1:
         return first
+    cache = cache_of(prefill)
     cache.batch_select_indices(index)
     mask = torch.cat([inputs["attention_mask"][index], completion_mask[:, :-1]], dim=1)
     with _without_checkpointing(model):

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PretrainedConfig
+from transformers import PretrainedConfig
 
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 from modeling_glimpseprune.selection import corner_tokens, select_visual_tokens
-from modeling_glimpseprune.stock import given_cache
+from modeling_glimpseprune.stock import cache_of
 
 from .rollout import SharedPrompts
 from .soft_mask import logistic_noise
@@ -39,10 +39,9 @@ def glimpse_at(model: nn.Module, prompts: SharedPrompts, chosen: list[int]) -> G
         prompts: of whose masks nothing is used.
         chosen: which of them.
     """
-    cache = DynamicCache()
-    inputs = replace(prompts, keep_masks=None).model_inputs(chosen)
-    model(**inputs, only_glimpse=True, **given_cache(cache), use_cache=True, logits_to_keep=1)
-    return cache.glimpse
+    inputs = replace(prompts, keep_masks=None).forward_inputs(chosen)
+    outputs = model(**inputs, only_glimpse=True, use_cache=True, logits_to_keep=1)
+    return cache_of(outputs).glimpse
 
 
 def share_masks(rows: list[int], masks_per_prompt: int | None) -> tuple[list[int], list[int]]:

@@ -41,6 +41,9 @@ class Stage1Config(TrainingArguments):
         mask_temperature, final_mask_temperature: of the soft mask at the first and the last step;
             it falls geometrically in between.
         mask_noise: whether soft masks are drawn at random, see `log_keep_probability`.
+        look_once: run the vision encoder and layers 0..P over each different image of a batch once,
+            for all its questions, and what of a question does not depend on the glimpse once for
+            all objectives; losses and gradients differ by rounding.
         max_answer_tokens: length of the base's own answers, for questions that come without one.
         warmup: share of the steps over which the learning rate rises; `warmup_steps` wins over it.
         bf16: mixed precision; `"auto"` switches it on where the hardware computes in bfloat16.
@@ -60,6 +63,7 @@ class Stage1Config(TrainingArguments):
     mask_temperature: float = 0.25
     final_mask_temperature: float = 0.1
     mask_noise: bool = True
+    look_once: bool = False
     max_answer_tokens: int = 32
     warmup: float = 0.1
     bf16: bool | str = "auto"

@@ -21,13 +21,16 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ModelOutput
 
+from modeling_glimpseprune.glimpse_prefix import GlimpsePrefix
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 from modeling_glimpseprune.selection import corner_tokens
-from modeling_glimpseprune.stock import given_cache
+from modeling_glimpseprune.stock import CACHE_NAME, cache_of, given_cache
 from modeling_glimpseprune.visual_features import VisualFeatures
 
-from ..data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
+from ..data.visual_cot_collator import IGNORED_LABEL, TEXT_INPUTS, repeat_visuals
 from .checkpoints import load_glimpse, save_glimpse
+from .late_glimpse import with_backbone
+from .pages import Pages, behind_pages
 from .soft_mask import annealed, log_keep_probability, logistic_noise
 from .stage1_config import Stage1Config
 from .stage1_losses import (
@@ -39,7 +42,6 @@ from .stage1_losses import (
     retention_loss,
 )
 
-TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 OF_EVIDENCE = ("precision", "recall", "iou")  # figures of questions that have any
 
 logger = logging.getLogger(__name__)
@@ -119,11 +121,15 @@ class Stage1Trainer(Trainer):
     ) -> tuple[dict[str, torch.Tensor], GlimpseRecord, ModelOutput]:
         """The parts of the loss that have a weight, `(rows,)` each, and what they come from."""
         wanted = self.args.loss_weights().keys()
-        if not wanted.isdisjoint(("answer_loss", "distillation_loss")):
-            inputs = self._with_own_answers(inputs)
-        inputs["mm_encoder_outputs"] = {"image": self._encode_images(inputs)}
-        labels = inputs.pop("labels")[:, inputs["prompt_length"] :]
         answers_in_place = "answer_loss" in wanted
+        pages = prefix = None
+        if self.args.look_once:
+            pages = Pages.of_batch(inputs, self._encode(inputs["visuals"]))
+            prefix = self._look(pages, self.model, answers_in_place)
+        if not wanted.isdisjoint(("answer_loss", "distillation_loss")):
+            inputs = self._with_own_answers(inputs, prefix)
+        labels = inputs["labels"][:, inputs["prompt_length"] :]
+        inputs = self._without_pixels(inputs, prefix)
         record, outputs = self._glimpse(model, inputs, answers_in_place)
         located = (record.importance, evidence, record.rows, len(labels))
         parts = {"dice_loss": dice_loss(*located), "bce_loss": bce_loss(*located)}
@@ -131,7 +137,7 @@ class Stage1Trainer(Trainer):
             answer = answer_loss(outputs.logits[:, :-1], labels)
             parts["answer_loss"] = answer.expand(len(labels))
         if "late_loss" in wanted:
-            parts["late_loss"] = self._late_loss(inputs, record, len(labels))
+            parts["late_loss"] = self._late_loss(inputs, record, len(labels), pages)
         if "distillation_loss" in wanted:
             parts |= self._distil(model.training, inputs, labels, record)
         return {name: parts[name] for name in wanted}, record, outputs
@@ -140,26 +146,30 @@ class Stage1Trainer(Trainer):
         self, model: nn.Module, inputs: dict, with_answers: bool
     ) -> tuple[GlimpseRecord, ModelOutput]:
         """Importance with gradients, and the answers' logits with every token kept if wanted."""
-        cache, prompt_length = DynamicCache(), inputs["prompt_length"]
         if not with_answers:
-            inputs = inputs | _text_before(inputs, prompt_length)
-        completion = inputs["input_ids"].shape[1] - prompt_length
+            inputs = inputs | _prompts(inputs)
+        completion = inputs["input_ids"].shape[1] - inputs["prompt_length"]
         outputs = model(
-            **inputs,
+            **(given_cache(DynamicCache()) | inputs),
             in_place=not self.runs_beside,
             only_glimpse=not with_answers,
-            **given_cache(cache),
             use_cache=True,
             logits_to_keep=completion + 1,
         )
-        return cache.glimpse, outputs
+        return cache_of(outputs).glimpse, outputs
 
-    def _late_loss(self, inputs: dict, record: GlimpseRecord, num_rows: int) -> torch.Tensor:
+    def _late_loss(
+        self, inputs: dict, record: GlimpseRecord, num_rows: int, pages: Pages | None
+    ) -> torch.Tensor:
         """Dice and binary cross-entropy against the late glimpse's probabilities, `(rows,)`."""
-        cache, text = DynamicCache(), _text_before(inputs, inputs["prompt_length"])
+        given, cache = inputs | _prompts(inputs), DynamicCache()
         with torch.no_grad(), self.accelerator.autocast():
-            self.late(**(inputs | text), only_glimpse=True, use_cache=True, **given_cache(cache))
-        located = (record.importance, cache.glimpse.importance.sigmoid(), record.rows, num_rows)
+            if pages is not None:
+                model = self.accelerator.unwrap_model(self.model)
+                cache = self._look(pages, with_backbone(model, self.late))
+            outputs = self.late(**(given | given_cache(cache)), only_glimpse=True, use_cache=True)
+        late = cache_of(outputs).glimpse
+        located = (record.importance, late.importance.sigmoid(), record.rows, num_rows)
         return dice_loss(*located) + bce_loss(*located)
 
     def _distil(
@@ -171,7 +181,7 @@ class Stage1Trainer(Trainer):
         otherwise. Neither run has trainable weights, so DDP need not see them.
         """
         model = self.accelerator.unwrap_model(self.model)
-        settings = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
+        settings = {"use_cache": CACHE_NAME in inputs, "logits_to_keep": labels.shape[1] + 1}
         with torch.no_grad():
             teacher = model(**inputs, prune=False, **settings).logits[:, :-1]
         mask = {"visual_keep_mask": record.keep_mask}
@@ -194,23 +204,28 @@ class Stage1Trainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         return soft.masked_fill(corner_tokens(record.geometry, config.anchor_corners), 0.0)
 
-    def _with_own_answers(self, inputs: dict) -> dict:
+    def _with_own_answers(self, inputs: dict, prefix: GlimpsePrefix | None) -> dict:
         """The same with the base's greedy answer, all visual tokens kept, where a row has none."""
-        labels, prompt_length = inputs["labels"], inputs["prompt_length"]
-        missing = (labels == IGNORED_LABEL).all(1)
+        missing = (inputs["labels"] == IGNORED_LABEL).all(1)
         if not missing.any():
             return inputs
         model, was_training = self.accelerator.unwrap_model(self.model), self.model.training
+        prompts = _prompts(inputs)
+        if prefix is None:
+            prompts |= repeat_visuals(inputs["visuals"], inputs["image_index"])
+        else:
+            prompts = prefix.prompts(prompts["input_ids"], prompts["attention_mask"])
+            prompts |= given_cache(prefix)
         model.eval()
         sequences = model.generate(
-            **_text_before(inputs, prompt_length),
-            **repeat_visuals(inputs["visuals"], inputs["image_index"]),
+            **prompts,
             prune=False,
             do_sample=False,
             max_new_tokens=self.args.max_answer_tokens,
         )
         model.train(was_training)
-        return with_completions(inputs, sequences[:, prompt_length:], missing, self._end_tokens())
+        own = sequences[:, prompts["input_ids"].shape[1] :]
+        return with_completions(inputs, own, missing, self._end_tokens())
 
     def _end_tokens(self) -> list[int]:
         """Tokens that end an answer."""
@@ -247,11 +262,23 @@ class Stage1Trainer(Trainer):
 
     def _encode_images(self, inputs: dict) -> VisualFeatures:
         """Encode each image once and hand its features to every row that shows it."""
+        return self._encode(inputs.pop("visuals")).select(inputs.pop("image_index").tolist())
+
+    def _encode(self, visuals: dict[str, torch.Tensor]) -> VisualFeatures:
         backbone = self.accelerator.unwrap_model(self.model).model
-        visuals, index = inputs.pop("visuals"), inputs.pop("image_index").tolist()
         with torch.no_grad(), self.accelerator.autocast():
-            features = backbone.encode_visual("image", **visuals)
-        return features.select(index)
+            return backbone.encode_visual("image", **visuals)
+
+    def _look(self, pages: Pages, model: nn.Module, in_place: bool = False) -> GlimpsePrefix:
+        with self.accelerator.autocast():
+            return pages.look(self.accelerator.unwrap_model(model), in_place)
+
+    def _without_pixels(self, inputs: dict, prefix: GlimpsePrefix | None) -> dict:
+        """What the model takes of a batch: its tokens over a look, or with its images encoded."""
+        if prefix is not None:
+            return behind_pages(inputs, prefix)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        return inputs | {"mm_encoder_outputs": {"image": self._encode_images(inputs)}}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -356,9 +383,11 @@ def _figures_of(
     return figures | {name: figures[name][located] for name in OF_EVIDENCE}
 
 
-def _text_before(inputs: dict, length: int) -> dict[str, torch.Tensor]:
-    """The text inputs of a batch cut to its prompts."""
-    return {name: inputs[name][:, :length] for name in TEXT_INPUTS if name in inputs}
+def _prompts(inputs: dict) -> dict[str, torch.Tensor]:
+    """The text inputs of a batch without its completions."""
+    behind = inputs["input_ids"].shape[1] - inputs["prompt_length"]
+    text = [name for name in TEXT_INPUTS if name in inputs]
+    return {name: inputs[name][:, : inputs[name].shape[1] - behind] for name in text}
 
 
 class FigureMeans:

@@ -148,7 +148,8 @@ class Stage2Trainer(GRPOTrainer):
         """Each prompt as often as it gets a mask, and which of these each row has."""
         model = self._glimpse_model
         training = model.training
-        record = glimpse_at(model.eval(), prompts, list(range(len(prompts.image_index))))
+        prompts = prompts.looked_at(model.eval())
+        record = glimpse_at(model, prompts, list(range(len(prompts.image_index))))
         model.train(training)
         copies, rows = share_masks(rows, self.masks_per_prompt)
         masks = draw_masks(record, model.config, prompts.visual_counts, copies)
@@ -197,9 +198,14 @@ class Stage2Trainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict) -> torch.Tensor:
         self._prompts_of_rows = inputs["prompts_of_rows"]
-        loss = super()._compute_loss(model, inputs)
-        if self.mask == "sampled":
+        if self.mask != "sampled":
+            loss = super()._compute_loss(model, inputs)
+        else:
+            shared, rows = self._looked_at()
+            self._prompts_of_rows = [(shared, row) for row in rows]
+            loss = super()._compute_loss(model, inputs)
             loss = loss + self._mask_loss(model, inputs["advantages"])
+            self._prompts_of_rows = inputs["prompts_of_rows"]
         if not torch.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}"
@@ -244,7 +250,7 @@ class Stage2Trainer(GRPOTrainer):
         trl's own, which runs the whole sequence at once through the backbone, would let completions
         see dropped tokens in the layers up to K if it were not told where prompts end.
         """
-        shared, rows = self._shared()
+        shared, rows = self._looked_at() if self.mask == "sampled" else self._shared()
         completion_ids = input_ids[:, -logits_to_keep:]
         completion_mask = attention_mask[:, -logits_to_keep:]
         log_probs, entropies = [], []
@@ -291,6 +297,16 @@ class Stage2Trainer(GRPOTrainer):
     @property
     def _glimpse_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model).get_base_model()
+
+    def _looked_at(self) -> tuple[SharedPrompts, list[int]]:
+        """As `_shared`, over one look at each prompt of the rows, for all its masks."""
+        shared, rows = self._shared()
+        if shared.prefix is None:
+            chosen = sorted(set(rows))
+            with self.accelerator.autocast():
+                shared = shared.part(chosen).looked_at(self._glimpse_model)
+            rows = [chosen.index(row) for row in rows]
+        return shared, rows
 
     def _shared(self) -> tuple[SharedPrompts, list[int]]:
         """The prompts of the rows at hand, which are all of one round, and the prompt of each."""

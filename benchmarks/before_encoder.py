@@ -15,7 +15,8 @@ import argparse
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,18 +106,38 @@ def answers(
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
-def widest_tolerance(
-    model: PreTrainedModel, processor: ProcessorMixin, settings: PageSettings, questions: int
-) -> float:
-    """The widest tolerance that costs no more than `MARGIN` on validation pages, glimpse on."""
-    samples = samples_of(settings, "validation", questions, 0)
-    base = answers(model, processor, samples, None, True)["accuracy"]
-    held = [
-        tolerance
-        for tolerance in TOLERANCES
-        if answers(model, processor, samples, tolerance, True)["accuracy"] >= base - MARGIN
-    ]
-    return max(held, default=0.0)
+class Report:
+    """Rows of figures in a JSON file, each written when it is done; a second run goes on there.
+
+    Args:
+        path: of the file.
+        settings: of the run.
+
+    Raises:
+        ValueError: when the file is of a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.content = path, {"settings": settings}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != settings:
+                raise ValueError(
+                    f"{path} holds rows measured with {self.content['settings']}, not with "
+                    f"{settings}: name another file"
+                )
+
+    def row(self, place: tuple[str, ...], measure: Callable[..., dict], *arguments) -> dict:
+        """The row at a place; measured, printed and written where it is missing."""
+        group = self.content
+        for part in place[:-1]:
+            group = group.setdefault(part, {})
+        if place[-1] not in group:
+            group[place[-1]] = measure(*arguments)
+            print(*place, json.dumps(group[place[-1]]), flush=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.content)
+        return group[place[-1]]
 
 
 def variants(image: Image.Image) -> dict[str, Image.Image]:
@@ -161,26 +182,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     model, processor = load_model(arguments.model)
-    report: dict = {"settings": describe_machine("cpu") | {"questions": arguments.questions}}
-    report["settings"]["validation_questions"] = arguments.validation_questions
-    report["pages"] = {}
+    report = Report(
+        arguments.output,
+        describe_machine("cpu")
+        | {
+            "questions": arguments.questions,
+            "validation_questions": arguments.validation_questions,
+        },
+    )
     for name, settings in PAGES.items() if arguments.questions else ():
-        tolerance = widest_tolerance(model, processor, settings, arguments.validation_questions)
+        answer = partial(answers, model, processor)
+        samples = samples_of(settings, "validation", arguments.validation_questions, 0)
+        base = report.row(("validation", name, "all"), answer, samples, None, True)
+        held = [
+            tolerance
+            for tolerance in TOLERANCES
+            if report.row(("validation", name, f"{tolerance:g}"), answer, samples, tolerance, True)[
+                "accuracy"
+            ]
+            >= base["accuracy"] - MARGIN
+        ]
         samples = samples_of(settings, "test", arguments.questions, 0)
-        rows = {}
-        for chosen in (None, 0.0, tolerance):
+        for chosen in dict.fromkeys([None, max(held, default=0.0), 0.0]):
             for glimpses in (False, True):
                 key = f"{'all' if chosen is None else f'{chosen:g}'}, "
                 key += "glimpse" if glimpses else "all tokens"
-                rows[key] = answers(model, processor, samples, chosen, glimpses)
-                print(name, key, json.dumps(rows[key]), flush=True)
-        report["pages"][name] = {"tolerance": tolerance, "rows": rows}
-    report["images"] = {
-        folder.name: kept_of_images(processor, folder) for folder in arguments.images
-    }
-    print(json.dumps(report["images"], indent=1))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, report)
+                report.row(("pages", name, key), answer, samples, chosen, glimpses)
+    for folder in arguments.images:
+        report.row(("images", folder.name), kept_of_images, processor, folder)
 
 
 if __name__ == "__main__":

@@ -86,9 +86,16 @@ class VisualEncodingMixin:
         """
         raise ValueError(f"visual_encode_mask: {type(self.config).redundancy_choice}")
 
-    def encode_as_configured(self, kind: str, **inputs) -> VisualFeatures:
-        """As `encode_visual`, without the patches that the configuration calls redundant."""
-        return self._encode_by(self.encode_choice({}), None, kind, **inputs)
+    def encode_telling(
+        self, kind: str, redundant_patches: float | bool | None = None, **inputs
+    ) -> VisualFeatures:
+        """As `encode_visual`, without redundant patches.
+
+        Args:
+            redundant_patches: as for `generate`: None is as configured, False encodes everything.
+        """
+        choice = self.encode_choice({"redundant_patches": redundant_patches})
+        return self._encode_by(choice, None, kind, **inputs)
 
     def asks_for_part(self, given: dict) -> bool:
         """Whether a call's arguments ask for a part of its visuals to be encoded."""

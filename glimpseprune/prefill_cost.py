@@ -287,33 +287,33 @@ class PrefillLaw:
         encoder = VisionEncoder.of(config)
         return cls(decoder, predictor, config.glimpse_layer, additions, encoder)
 
-    def pruned(self, prune_layer: int | None, text: int, visual: int, kept: int) -> int:
-        """Operations of a pruned prefill; arguments as for `pruned_prefill`."""
-        shape = (self.glimpse_layer, text, visual, kept, prune_layer, self.additions)
-        return pruned_prefill(self.decoder, self.predictor, *shape)
+    def pruned(
+        self, prune_layer: int | None, text: int, visual: int, kept: int, encoded: int | None = None
+    ) -> int:
+        """Operations of a pruned prefill; arguments as for `pruned_prefill`, and:
+
+        Args:
+            encoded: of the visual tokens, those that were encoded; None for all. The decoder sees
+                no others; the predictor's conditions are made of all.
+        """
+        encoded = visual if encoded is None else encoded
+        shape = (self.glimpse_layer, text, encoded, kept, prune_layer, self.additions)
+        conditions = self.predictor.conditions(visual - encoded)
+        return pruned_prefill(self.decoder, self.predictor, *shape) + conditions
 
     def share(
         self, prune_layer: int | None, text: int, visual: int, kept: int, encoded: int | None = None
     ) -> float:
-        """The same over the stock model's.
-
-        Args:
-            encoded: of the visual tokens, those that were encoded; None for all.
-        """
-        encoded = visual if encoded is None else encoded
-        pruned = self.pruned(prune_layer, text, encoded, kept)
+        """The same over the stock model's."""
+        pruned = self.pruned(prune_layer, text, visual, kept, encoded)
         return pruned / stock_prefill(self.decoder, text + visual)
 
     def share_with_encoder(
         self, prune_layer: int | None, text: int, visual: int, kept: int, encoded: int | None = None
     ) -> float | None:
-        """Operations of encoder and prefill over the stock model's; arguments as for `share`.
-
-        None where the encoder is not known.
-        """
+        """The same with the vision encoder's operations on both sides; None where not known."""
         if self.encoder is None:
             return None
-        encoded = visual if encoded is None else encoded
         stock = stock_prefill(self.decoder, text + visual) + self.encoder.cost(visual)
-        pruned = self.pruned(prune_layer, text, encoded, kept)
-        return (pruned + self.encoder.cost(encoded)) / stock
+        pruned = self.pruned(prune_layer, text, visual, kept, encoded)
+        return (pruned + self.encoder.cost(visual if encoded is None else encoded)) / stock

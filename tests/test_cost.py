@@ -211,12 +211,10 @@ def test_formula_agrees_with_the_counter_where_patches_are_left_out(models):
     settings = {"visual_encode_mask": encode, "max_keep_ratio": 0.25, "prune_threshold": 0.0}
     head = 2 * model.lm_head.weight.numel()
     counted = count_flops(lambda: run(model, batch, **settings)) - head
-    expected = law.encoder.cost(8) + law.pruned(None, text, 8, 4)
-    print(counted, expected)
-    assert counted == pytest.approx(expected, rel=1e-3)
+    expected = law.encoder.cost(8) + law.pruned(None, text, 16, 4, 8)
     stock = law.encoder.cost(16) + stock_prefill(law.decoder, text + 16)
-    share = law.share_with_encoder(None, text, 16, 4, 8)
-    assert share == pytest.approx(expected / stock)
+    assert law.share_with_encoder(None, text, 16, 4, 8) == expected / stock
+    assert counted == expected + rotary_flops(model, text + 8 + 1 + text + 4)
 
 
 def test_stages_add_up(models, batch):

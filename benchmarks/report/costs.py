@@ -29,7 +29,8 @@ class PrefillCosts:
         layers = record.by_layer
         if isinstance(method, OwnPruning):
             layer = self.prune_layer if method.prune_layer is None else method.prune_layer
-            return self.law.pruned(layer, record.prompt, record.encoded, layers[-1])
+            tokens = (record.prompt, record.visual, layers[-1], record.encoded)
+            return self.law.pruned(layer, *tokens)
         tokens = [record.prompt + visual for visual in layers]
         after_attention = list(tokens)
         if method.drops_inside_glimpse_layer:

@@ -1,22 +1,30 @@
-"""Pictures of a glimpse: which visual tokens were kept, and how important each one was."""
+"""Pictures of a glimpse: which visual tokens were encoded and kept, and how important each was."""
 
 import numpy as np
 import torch
 from PIL import Image
 
 DIMMED = 0.25
+UNSEEN = (38, 70, 150)  # what a token that was never encoded is tinted with
 
 
 def draw_glimpse(
-    image: Image.Image, keep_mask: torch.Tensor, importance: torch.Tensor, grid: tuple[int, int]
+    image: Image.Image,
+    keep_mask: torch.Tensor,
+    importance: torch.Tensor,
+    grid: tuple[int, int],
+    encoded: torch.Tensor | None = None,
 ) -> Image.Image:
     """The image with dropped tokens dimmed, and beside it the scores as a heat map.
+
+    Tokens that were never encoded are blue on the left, and grey, without a score, on the right.
 
     Args:
         image: the picture that was asked about.
         keep_mask: `(height * width,)` bool, True where kept.
         importance: `(height * width,)` logits.
         grid: the image's `(height, width)` in visual tokens.
+        encoded: `(height * width,)` bool, or None where all were encoded.
 
     Returns:
         A picture twice as wide as the image.
@@ -29,6 +37,10 @@ def draw_glimpse(
     grey = pixels.mean(axis=2, keepdims=True)
     heat = np.concatenate([255 * probability, 0.5 * grey, 255 * (1 - probability)], axis=2)
     blended = 0.4 * grey + 0.6 * heat
+    if encoded is not None:
+        seen = _spread(encoded.float(), grid, image.size)
+        dimmed += (1 - DIMMED) * (1 - seen) * np.asarray(UNSEEN, dtype=np.float32)
+        blended = seen * blended + (1 - seen) * grey
     both = np.concatenate([dimmed, blended], axis=1)
     return Image.fromarray(both.clip(0, 255).astype(np.uint8))
 

@@ -408,6 +408,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match="pixels of a prompt that is pruned"):
             model.generate(**inputs, redundant_patches=0, prune=False, max_new_tokens=2)
 
+    def test_visuals_encoded_in_part_without_pruning(self, asked):
+        model, inputs = asked
+        inputs = dict(inputs)
+        blank, grid = torch.zeros_like(inputs.pop("pixel_values")), inputs["image_grid_thw"]
+        features = model.model.encode_telling("image", 0, pixel_values=blank, image_grid_thw=grid)
+        inputs["mm_encoder_outputs"] = {"image": features}
+        with pytest.raises(ValueError, match="prune=False answers from all"):
+            model(**inputs, prune=False)
+
     def test_a_grid_that_lost_what_it_stands_for(self, models):
         """On releases whose encoder asks its own methods, where device hooks copy arguments."""
         with pytest.raises(RuntimeError, match="a copy of the grid that stands for a part"):

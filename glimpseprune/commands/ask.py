@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prune-threshold", type=float)
     parser.add_argument("--max-keep-ratio", type=float)
     parser.add_argument("--min-keep-tokens", type=int)
+    parser.add_argument(
+        "--redundant-patches",
+        type=float,
+        metavar="GREY_LEVELS",
+        help="leave out patches that their neighbours predict within so many grey levels",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("glimpse.png"), help="picture to write")
 
@@ -28,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     image = open_image(arguments.image or SAMPLE_PAGE)
     model, processor = load_model(arguments.model)
     inputs = prepare(processor, [image], [arguments.question]).to(model.device)
-    names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens")
+    names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens", "redundant_patches")
     settings = {name: getattr(arguments, name) for name in names}
     generated = model.generate(
         **inputs,
@@ -46,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     record = cache_of(generated).glimpse
     print(f"visual tokens: kept {record.kept} of {record.total} ({record.retention:.1%})")
+    if record.encoded is not None:
+        print(f"encoded: {int(record.encoded.sum())} (blue in the picture: left out)")
     box = processor.visible_box(image.width, image.height)
     if box != (0, 0, image.width, image.height):
         image = image.crop(tuple(map(round, box)))
@@ -68,6 +76,7 @@ def draw(image, visuals: list, output: Path) -> None:
     visuals = [visual for visual in visuals if visual.total]
     picture = Image.new("RGB", (2 * image.width, len(visuals) * image.height))
     for index, visual in enumerate(visuals):
-        view = draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
+        grid = visual.grid[1:]
+        view = draw_glimpse(image, visual.keep_mask, visual.importance, grid, visual.encoded)
         picture.paste(view, (0, index * image.height))
     picture.save(output)

@@ -152,6 +152,7 @@ def variants(image: Image.Image) -> dict[str, Image.Image]:
 def kept_of_images(processor: ProcessorMixin, folder: Path) -> dict:
     """Share of tokens that stays, by variant and tolerance, the mean over a folder's images."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
+    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     shares: dict[str, dict[str, list[float]]] = {}
     tokens = []
     for path in tqdm(paths, desc=folder.name, leave=False):
@@ -162,7 +163,8 @@ def kept_of_images(processor: ProcessorMixin, folder: Path) -> dict:
             geometry = token_geometry(torch.tensor([[1, *grid]]), [layout.placeholders])
             tokens.append(layout.placeholders)
             for tolerance in IMAGE_TOLERANCES:
-                telling = telling_tokens(features["pixel_values"], geometry, tolerance)
+                pixels = features["pixel_values"]
+                telling = telling_tokens(pixels, geometry, tolerance, statistics)
                 of_variant = shares.setdefault(name, {})
                 of_variant.setdefault(f"{tolerance:g}", []).append(telling.float().mean().item())
     means = {

@@ -261,7 +261,7 @@ class PrefillLaw:
     decoder: Decoder
     predictor: Predictor
     glimpse_layer: int
-    additions: Additions
+    additions: Additions = NO_ADDITIONS
     encoder: VisionEncoder | None = None
 
     @classmethod

@@ -29,9 +29,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.utils import cached_file, logging
 
 try:
@@ -268,13 +266,14 @@ def token_types(image: torch.Tensor, video: torch.Tensor) -> dict:
 def subset_arguments(kind: str, places: dict[str, torch.Tensor]) -> dict:
     """Arguments that tell Qwen2.5-VL's vision encoder where its tokens are, in the grid's place.
 
-    None on releases whose encoder asks its own methods `rot_pos_emb` and `get_window_index`.
+    None on releases whose encoder asks its own methods `rot_pos_emb` and `get_window_index`, which
+    some releases have but do not call.
 
     Args:
         kind: of the visuals; `get_image_features` takes its encoder's arguments by a prefix.
         places: by the names that the encoder has for them.
     """
-    if hasattr(Qwen2_5_VisionTransformerPretrainedModel, "get_window_index"):
+    if not hasattr(modeling_qwen2_5_vl, "get_vision_window_index"):
         return {}
     return {f"{kind}_{name}": value for name, value in places.items()}
 

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | features to add | in a tuple, one tensor a layer | in an output | one tensor an image |
 | positions | made in the backbone's `forward` | by a method of the backbone | the same |
+| places of patches | by methods of the encoder | by its arguments (5.10 on) | by its arguments |
 | what layers return | collected in every class | by the text model | the same |
 """
 
@@ -14,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
+from .encoder_subset import EncoderSubset
 from .stock import LAYER_OUTPUTS, TRANSFORMERS_5, given_cache
 
 try:
@@ -92,3 +95,36 @@ def multimodal_positions(
         places = torch.arange(past, past + input_ids.shape[1], device=inputs_embeds.device)
         return places.expand(len(input_ids), -1)
     return positions
+
+
+def part_arguments(encoder: PreTrainedModel, subset: EncoderSubset) -> dict:
+    """Arguments that tell Qwen3-VL's vision encoder where its patches are, in the grid's place.
+
+    None on releases whose encoder asks its own methods `rot_pos_emb` and
+    `fast_pos_embed_interpolate`. Learned positions are interpolated to the whole images' grid.
+    `get_image_features`, which encodes videos too, takes them by a prefix.
+    """
+    stock = modeling_qwen3_vl
+    sides = {
+        "num_grid_per_side": encoder.num_grid_per_side,
+        "spatial_merge_size": encoder.spatial_merge_size,
+    }
+    if hasattr(stock, "get_vision_interpolation_indices_and_weights"):
+        name, by_patch = "interp", 0
+        whole = stock.get_vision_interpolation_indices_and_weights(
+            subset.whole,
+            mode=encoder.interpolation_mode,
+            align_corners=encoder.interpolation_align_corners,
+            **sides,
+        )
+    elif hasattr(stock, "get_vision_bilinear_indices_and_weights"):
+        name, by_patch = "bilinear", 1
+        whole = stock.get_vision_bilinear_indices_and_weights(subset.whole, **sides)
+    else:
+        return {}
+    indices, weights = (part.index_select(by_patch, subset.patches) for part in whole)
+    return {
+        "image_position_ids": subset.position_ids,
+        f"image_{name}_indices": indices,
+        f"image_{name}_weights": weights,
+    }

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .glimpse import Glimpse
@@ -23,6 +24,7 @@ class VisualEncodingMixin:
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
         adds_between_layers: whether encoders return something to add between decoder layers, too.
         features_class: of encoded visuals.
+        pixel_statistics: mean and standard deviation, by channel, that normalise published pixels.
     """
 
     config: object
@@ -31,6 +33,7 @@ class VisualEncodingMixin:
     visual_notes: dict[str, tuple[str, ...]] = {}
     adds_between_layers = False
     features_class: type[VisualFeatures] = VisualFeatures
+    pixel_statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
@@ -129,7 +132,8 @@ class VisualEncodingMixin:
 
             return self.encode_part(kind, choose, **inputs)
         if choice.tolerance is not None:
-            choose = partial(telling_tokens, tolerance=choice.tolerance)
+            settings = {"tolerance": choice.tolerance, "statistics": self.pixel_statistics}
+            choose = partial(telling_tokens, **settings)
             return self.encode_part(kind, choose, **inputs)
         return self.encode_visual(kind, **inputs)
 

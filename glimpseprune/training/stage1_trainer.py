@@ -32,14 +32,14 @@ from .soft_mask import annealed, log_keep_probability, logistic_noise
 from .stage1_config import Stage1Config
 from .stage1_losses import (
     answer_loss,
-    bce_loss,
-    dice_loss,
     distillation_loss,
+    located_losses,
     mask_figures,
     retention_loss,
 )
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+TAUGHT = ("late_loss", "distillation_loss")  # whose teachers see every patch
 OF_EVIDENCE = ("precision", "recall", "iou")  # figures of questions that have any
 
 logger = logging.getLogger(__name__)
@@ -121,19 +121,24 @@ class Stage1Trainer(Trainer):
         wanted = self.args.loss_weights().keys()
         if not wanted.isdisjoint(("answer_loss", "distillation_loss")):
             inputs = self._with_own_answers(inputs)
-        inputs["mm_encoder_outputs"] = {"image": self._encode_images(inputs)}
+        visuals, images = inputs.pop("visuals"), inputs.pop("image_index").tolist()
+        features = self._encode_images(visuals, images)
+        inputs["mm_encoder_outputs"] = {"image": features}
         labels = inputs.pop("labels")[:, inputs["prompt_length"] :]
         answers_in_place = "answer_loss" in wanted
         record, outputs = self._glimpse(model, inputs, answers_in_place)
-        located = (record.importance, evidence, record.rows, len(labels))
-        parts = {"dice_loss": dice_loss(*located), "bce_loss": bce_loss(*located)}
+        parts = located_losses(record, evidence, len(labels))
         if answers_in_place:
             answer = answer_loss(outputs.logits[:, :-1], labels)
             parts["answer_loss"] = answer.expand(len(labels))
+        whole = inputs
+        if record.encoded is not None and not wanted.isdisjoint(TAUGHT):
+            features = self._encode_images(visuals, images, redundant_patches=False)
+            whole = inputs | {"mm_encoder_outputs": {"image": features}}
         if "late_loss" in wanted:
-            parts["late_loss"] = self._late_loss(inputs, record, len(labels))
+            parts["late_loss"] = self._late_loss(whole, record, len(labels))
         if "distillation_loss" in wanted:
-            parts |= self._distil(model.training, inputs, labels, record)
+            parts |= self._distil(model.training, inputs, whole, labels, record)
         return {name: parts[name] for name in wanted}, record, outputs
 
     def _glimpse(
@@ -159,21 +164,29 @@ class Stage1Trainer(Trainer):
         cache, text = DynamicCache(), _text_before(inputs, inputs["prompt_length"])
         with torch.no_grad(), self.accelerator.autocast():
             self.late(**(inputs | text), only_glimpse=True, use_cache=True, **given_cache(cache))
-        located = (record.importance, cache.glimpse.importance.sigmoid(), record.rows, num_rows)
-        return dice_loss(*located) + bce_loss(*located)
+        losses = located_losses(record, cache.glimpse.importance.sigmoid(), num_rows)
+        return losses["dice_loss"] + losses["bce_loss"]
 
     def _distil(
-        self, training: bool, inputs: dict, labels: torch.Tensor, record: GlimpseRecord
+        self,
+        training: bool,
+        inputs: dict,
+        whole: dict,
+        labels: torch.Tensor,
+        record: GlimpseRecord,
     ) -> dict[str, torch.Tensor]:
         """Both parts of distillation, `(rows,)` each.
 
         The base answers with all tokens and with a mask: soft in training, the model's own choice
         otherwise. Neither run has trainable weights, so DDP need not see them.
+
+        Args:
+            whole: `inputs` whose images were encoded without leaving anything out.
         """
         model = self.accelerator.unwrap_model(self.model)
         settings = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
         with torch.no_grad():
-            teacher = model(**inputs, prune=False, **settings).logits[:, :-1]
+            teacher = model(**whole, prune=False, **settings).logits[:, :-1]
         mask = {"visual_keep_mask": record.keep_mask}
         if training:
             mask = {"visual_log_keep": self._soft_mask(record)}
@@ -245,13 +258,19 @@ class Stage1Trainer(Trainer):
             self._figures["train"].clear()
         super().log(logs, start_time)
 
-    def _encode_images(self, inputs: dict) -> VisualFeatures:
-        """Encode each image once and hand its features to every row that shows it."""
+    def _encode_images(
+        self, visuals: dict, images: list[int], redundant_patches: bool | None = None
+    ) -> VisualFeatures:
+        """Encode each image once and hand its features to every row that shows it.
+
+        Args:
+            images: which one each row shows.
+            redundant_patches: None leaves out what the configuration says, False nothing.
+        """
         backbone = self.accelerator.unwrap_model(self.model).model
-        visuals, index = inputs.pop("visuals"), inputs.pop("image_index").tolist()
         with torch.no_grad(), self.accelerator.autocast():
-            features = backbone.encode_visual("image", **visuals)
-        return features.select(index)
+            features = backbone.encode_telling("image", redundant_patches, **visuals)
+        return features.select(images)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

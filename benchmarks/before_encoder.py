@@ -50,9 +50,10 @@ MARGIN = 0.005  # of accuracy on validation pages that a tolerance may cost
 
 
 def samples_of(settings: PageSettings, split: str, questions: int, seed: int) -> list[Sample]:
-    """Questions about pages of the tiny world, images in memory; one a page at least."""
+    """Questions about pages of the tiny world, images in memory; two a page on average."""
     with tempfile.TemporaryDirectory() as folder:
-        data = write_pages(Path(folder), split, range(questions), seed, settings, QUESTIONS_A_PAGE)
+        pages = range(questions // 2 + 1)
+        data = write_pages(Path(folder), split, pages, seed, settings, QUESTIONS_A_PAGE)
         rows = read_visual_cot(data, None)[:questions]
         images = {path: open_image(path) for path in dict.fromkeys(row.image for row in rows)}
     return [

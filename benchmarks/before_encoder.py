@@ -15,7 +15,8 @@ import argparse
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,9 @@ MARGIN = 0.005  # of accuracy on validation pages that a tolerance may cost
 
 
 def samples_of(settings: PageSettings, split: str, questions: int, seed: int) -> list[Sample]:
-    """Questions about pages of the tiny world, images in memory."""
+    """Questions about pages of the tiny world, images in memory; two a page on average."""
     with tempfile.TemporaryDirectory() as folder:
-        pages = range(-(-questions // QUESTIONS_A_PAGE) + questions // 10 + 1)
+        pages = range(questions // 2 + 1)
         data = write_pages(Path(folder), split, pages, seed, settings, QUESTIONS_A_PAGE)
         rows = read_visual_cot(data, None)[:questions]
         images = {path: open_image(path) for path in dict.fromkeys(row.image for row in rows)}
@@ -105,18 +106,38 @@ def answers(
     return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
-def widest_tolerance(
-    model: PreTrainedModel, processor: ProcessorMixin, settings: PageSettings, questions: int
-) -> float:
-    """The widest tolerance that costs no more than `MARGIN` on validation pages, glimpse on."""
-    samples = samples_of(settings, "validation", questions, 0)
-    base = answers(model, processor, samples, None, True)["accuracy"]
-    held = [
-        tolerance
-        for tolerance in TOLERANCES
-        if answers(model, processor, samples, tolerance, True)["accuracy"] >= base - MARGIN
-    ]
-    return max(held, default=0.0)
+class Report:
+    """Rows of figures in a JSON file, each written when it is done; a second run goes on there.
+
+    Args:
+        path: of the file.
+        settings: of the run.
+
+    Raises:
+        ValueError: when the file is of a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.content = path, {"settings": settings}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != settings:
+                raise ValueError(
+                    f"{path} holds rows measured with {self.content['settings']}, not with "
+                    f"{settings}: name another file"
+                )
+
+    def row(self, place: tuple[str, ...], measure: Callable[..., dict], *arguments) -> dict:
+        """The row at a place; measured, printed and written where it is missing."""
+        group = self.content
+        for part in place[:-1]:
+            group = group.setdefault(part, {})
+        if place[-1] not in group:
+            group[place[-1]] = measure(*arguments)
+            print(*place, json.dumps(group[place[-1]]), flush=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.content)
+        return group[place[-1]]
 
 
 def variants(image: Image.Image) -> dict[str, Image.Image]:
@@ -132,6 +153,7 @@ def variants(image: Image.Image) -> dict[str, Image.Image]:
 def kept_of_images(processor: ProcessorMixin, folder: Path) -> dict:
     """Share of tokens that stays, by variant and tolerance, the mean over a folder's images."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
+    statistics = processor.image_processor.image_mean, processor.image_processor.image_std
     shares: dict[str, dict[str, list[float]]] = {}
     tokens = []
     for path in tqdm(paths, desc=folder.name, leave=False):
@@ -142,7 +164,8 @@ def kept_of_images(processor: ProcessorMixin, folder: Path) -> dict:
             geometry = token_geometry(torch.tensor([[1, *grid]]), [layout.placeholders])
             tokens.append(layout.placeholders)
             for tolerance in IMAGE_TOLERANCES:
-                telling = telling_tokens(features["pixel_values"], geometry, tolerance)
+                pixels = features["pixel_values"]
+                telling = telling_tokens(pixels, geometry, tolerance, statistics)
                 of_variant = shares.setdefault(name, {})
                 of_variant.setdefault(f"{tolerance:g}", []).append(telling.float().mean().item())
     means = {
@@ -161,26 +184,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     model, processor = load_model(arguments.model)
-    report: dict = {"settings": describe_machine("cpu") | {"questions": arguments.questions}}
-    report["settings"]["validation_questions"] = arguments.validation_questions
-    report["pages"] = {}
+    report = Report(
+        arguments.output,
+        describe_machine("cpu")
+        | {
+            "questions": arguments.questions,
+            "validation_questions": arguments.validation_questions,
+        },
+    )
     for name, settings in PAGES.items() if arguments.questions else ():
-        tolerance = widest_tolerance(model, processor, settings, arguments.validation_questions)
+        answer = partial(answers, model, processor)
+        samples = samples_of(settings, "validation", arguments.validation_questions, 0)
+        base = report.row(("validation", name, "all"), answer, samples, None, True)
+        held = [
+            tolerance
+            for tolerance in TOLERANCES
+            if report.row(("validation", name, f"{tolerance:g}"), answer, samples, tolerance, True)[
+                "accuracy"
+            ]
+            >= base["accuracy"] - MARGIN
+        ]
         samples = samples_of(settings, "test", arguments.questions, 0)
-        rows = {}
-        for chosen in (None, 0.0, tolerance):
+        for chosen in dict.fromkeys([None, max(held, default=0.0), 0.0]):
             for glimpses in (False, True):
                 key = f"{'all' if chosen is None else f'{chosen:g}'}, "
                 key += "glimpse" if glimpses else "all tokens"
-                rows[key] = answers(model, processor, samples, chosen, glimpses)
-                print(name, key, json.dumps(rows[key]), flush=True)
-        report["pages"][name] = {"tolerance": tolerance, "rows": rows}
-    report["images"] = {
-        folder.name: kept_of_images(processor, folder) for folder in arguments.images
-    }
-    print(json.dumps(report["images"], indent=1))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, report)
+                report.row(("pages", name, key), answer, samples, chosen, glimpses)
+    for folder in arguments.images:
+        report.row(("images", folder.name), kept_of_images, processor, folder)
 
 
 if __name__ == "__main__":

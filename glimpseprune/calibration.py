@@ -19,7 +19,7 @@ from .data.visual_cot import visible_evidence
 from .evaluation import Answer, batches, by_size, evaluate
 from .metrics import exact_match
 from .prefill_cost import PrefillLaw
-from .questions import Questions
+from .questions import Questions, as_asked
 from .sample import Sample
 
 SHARES = (0.05, 0.11, 0.30)
@@ -41,6 +41,8 @@ class LayerFigures:
         agreement: share of the answers that equal those of the unpruned model.
         accuracy: share of the answers that equal the reference, or None without references.
         cost: counted operations of the decoder's prefill, predictor included, over the stock ones.
+        cost_with_encoder: the same with the vision encoder; None where its operations are not
+            known.
     """
 
     prune_layer: int
@@ -51,6 +53,7 @@ class LayerFigures:
     agreement: float
     accuracy: float | None
     cost: float
+    cost_with_encoder: float | None = None
 
     @property
     def quality(self) -> float:
@@ -67,12 +70,17 @@ class Calibration:
         questions: how many were asked.
         base_accuracy: of the unpruned model, or None without reference answers.
         wanted_retention: the share of the tokens that thresholds were chosen for.
+        redundant_patches: grey levels within which neighbours predict patches that are left out in
+            front of the encoder, or None.
+        encoded: share of the tokens that were encoded.
     """
 
     layers: list[LayerFigures]
     questions: int
     base_accuracy: float | None
     wanted_retention: float
+    redundant_patches: float | None = None
+    encoded: float = 1.0
 
     def choose(self, tolerance: float) -> LayerFigures:
         """The cheapest candidate that gives up no more than `tolerance` of the late one's quality.
@@ -115,6 +123,7 @@ def calibrate(
     wanted_retention: float,
     batch_size: int = 16,
     max_new_tokens: int = 16,
+    redundant_patches: float | bool | None = None,
 ) -> Calibration:
     """Sweep the prune layer over questions.
 
@@ -122,9 +131,11 @@ def calibrate(
         samples: questions, each with an image.
         layers: candidates, K first, as `candidate_layers` gives them.
         wanted_retention: share of the visual tokens that the threshold shall keep, in (0, 1].
+        redundant_patches: as for `generate`: None is as configured, False encodes everything.
 
     Raises:
-        ValueError: when there is no question, or one without an image.
+        ValueError: for a tolerance that cannot be; when there is no question, or one without an
+            image.
     """
     if not samples:
         raise ValueError("there are no questions to calibrate on")
@@ -132,12 +143,14 @@ def calibrate(
         raise ValueError("calibration needs an image with every question: it looks at the masks")
     if not 0 < wanted_retention <= 1:
         raise ValueError(f"retention must lie in (0, 1], got {wanted_retention}")
+    model.config.validate_field("redundant_patches", redundant_patches)
+    tolerance = OwnPruning(redundant_patches=redundant_patches).encode_tolerance(model.config)
     samples = by_size(samples)
-    importance, evidence = score_questions(model, processor, samples, layers, batch_size)
+    importance, evidence = score_questions(model, processor, samples, layers, batch_size, tolerance)
     thresholds = {
         layer: threshold_for(rows, wanted_retention) for layer, rows in importance.items()
     }
-    methods = [Method(), *(_pruning_at(layer, thresholds[layer]) for layer in layers)]
+    methods = [Method(), *(_pruning_at(layer, thresholds[layer], tolerance) for layer in layers)]
     evaluation = evaluate(model, processor, samples, methods, batch_size, max_new_tokens, _score)
     base, *answers = evaluation.answers
     law, late = PrefillLaw.of(model.config), importance[layers[0]]
@@ -150,13 +163,14 @@ def calibrate(
             retention=_mean([answer.kept for answer in given]),
             agreement=_agreement(given, base),
             accuracy=_accuracy(given),
-            cost=_mean(
-                [law.share(layer, each.prompt, each.visual, each.by_layer[-1]) for each in given]
-            ),
+            cost=_mean([law.share(layer, *_tokens(each)) for each in given]),
+            cost_with_encoder=law.encoder
+            and _mean([law.share_with_encoder(layer, *_tokens(each)) for each in given]),
         )
         for layer, given in zip(layers, answers, strict=True)
     ]
-    return Calibration(figures, len(samples), _accuracy(base), wanted_retention)
+    encoded = _mean([each.encoded / each.visual for each in answers[0]])
+    return Calibration(figures, len(samples), _accuracy(base), wanted_retention, tolerance, encoded)
 
 
 def threshold_for(importance: Sequence[torch.Tensor], retention: float) -> float:
@@ -181,10 +195,11 @@ def top_overlap(importance: torch.Tensor, reference: torch.Tensor, share: float)
     """Part of the reference's best-scored share that is among the best-scored share, too.
 
     Args:
-        importance, reference: `(n,)` logits of the same tokens.
-        share: of the tokens, at least one.
+        importance, reference: `(n,)` logits of the same tokens, -inf at those not encoded.
+        share: of the tokens, at least one and no more than were encoded.
     """
-    count = max(1, int(share * len(reference)))
+    encoded = int((reference > -math.inf).sum())
+    count = min(max(1, int(share * len(reference))), encoded)
     best, wanted = (set(each.topk(count).indices.tolist()) for each in (importance, reference))
     return len(best & wanted) / count
 
@@ -195,8 +210,12 @@ def score_questions(
     samples: Sequence[Sample],
     layers: Sequence[int],
     batch_size: int,
+    tolerance: float | None = None,
 ) -> tuple[dict[int, list[torch.Tensor]], list[torch.Tensor]]:
     """Importance of each question's tokens by prune layer, and which of them show evidence.
+
+    Args:
+        tolerance: of `redundant_patches`; None encodes everything.
 
     Returns:
         For each layer one `(n,)` tensor of logits a question, and one `(n,)` bool tensor a
@@ -207,7 +226,7 @@ def score_questions(
     for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
         questions = Questions(model, processor, batch)
         for layer in layers:
-            prepared = questions.ready(layer)
+            prepared = questions.ready(layer, tolerance)
             record = model.glimpse(**prepared.inputs, prune_layer=layer)
             importance[layer] += record.importance.float().cpu().split(prepared.visual_counts)
         grids: list[list[tuple[int, int]]] = [[] for _ in batch]
@@ -220,8 +239,18 @@ def score_questions(
     return importance, evidence
 
 
-def _pruning_at(layer: int, threshold: float) -> OwnPruning:
-    return OwnPruning(f"P = {layer}", prune_threshold=threshold, prune_layer=layer)
+def _pruning_at(layer: int, threshold: float, tolerance: float | None) -> OwnPruning:
+    return OwnPruning(
+        f"P = {layer}",
+        prune_threshold=threshold,
+        prune_layer=layer,
+        redundant_patches=as_asked(tolerance),
+    )
+
+
+def _tokens(answer: Answer) -> tuple[int, int, int, int]:
+    """Text, visual, kept and encoded tokens of an answer's prompt."""
+    return answer.prompt, answer.visual, answer.by_layer[-1], answer.encoded
 
 
 def _score(answer: str, reference: str | None) -> float:

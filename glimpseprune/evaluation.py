@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from modeling_glimpseprune.glimpse_record import GlimpseRecord
 from modeling_glimpseprune.stock import cache_of
 
-from .baselines.method import Method, PreparedBatch
+from .baselines.method import Method, PreparedBatch, encoded_counts
 from .baselines.model_sizes import ModelSizes
 from .metrics import exact_match
 from .questions import Questions
@@ -32,6 +32,7 @@ class Answer:
         visual: visual tokens of the image as given; a resized image has fewer of its own.
         prompt: text tokens of the prompt.
         by_layer: visual tokens that each decoder layer worked on.
+        encoded: visual tokens that the vision encoder worked on.
     """
 
     sample: Sample
@@ -40,6 +41,7 @@ class Answer:
     visual: int
     prompt: int
     by_layer: tuple[int, ...]
+    encoded: int
 
     @property
     def kept(self) -> float:
@@ -93,7 +95,9 @@ def evaluate(
     for batch in tqdm(list(batches(samples, batch_size)), leave=False, unit="batch"):
         questions = Questions(model, processor, batch, not fresh, hold_prompts)
         for method, answers in zip(methods, evaluation.answers, strict=True):
-            prepared = questions.ready(None if fresh else method.look_layer(model.config))
+            config = model.config
+            look_layer = None if fresh else method.look_layer(config)
+            prepared = questions.ready(look_layer, method.encode_tolerance(config))
             given, seconds = answer_batch(
                 model, processor, prepared, method, max_new_tokens, metric
             )
@@ -119,7 +123,9 @@ def answer_batch(
         questions = Questions(model, processor, presented)
         shown, encoding = questions.ready(), questions.seconds
     looks = method.looks_into_encoder and not shown.encoder_reading
-    inputs = shown.inputs if looks else shown.encoded
+    inputs = shown.encoded
+    if looks:
+        inputs = shown.inputs | {"redundant_patches": False}
     sizes = ModelSizes.of(model.config)
     with method.applied(model, processor, shown) as application:
         start = time.perf_counter()
@@ -132,7 +138,8 @@ def answer_batch(
         )
         completions = generated.sequences[:, shown.inputs["input_ids"].shape[1] :].tolist()
         seconds = encoding + time.perf_counter() - start
-    by_layer = application.tokens_by_layer(cache_of(generated), shown.visual_counts, sizes).tolist()
+    cache, counts = cache_of(generated), shown.visual_counts
+    by_layer = application.tokens_by_layer(cache, counts, sizes).tolist()
     texts = processor.batch_decode(completions, skip_special_tokens=True)
     lengths = shown.inputs["attention_mask"].sum(1).tolist()
     answers = [
@@ -143,14 +150,16 @@ def answer_batch(
             visual,
             length - visual_shown,
             tuple(layers),
+            encoded,
         )
-        for sample, text, visual, length, visual_shown, layers in zip(
+        for sample, text, visual, length, visual_shown, layers, encoded in zip(
             batch.samples,
             texts,
             batch.visual_counts,
             lengths,
-            shown.visual_counts,
+            counts,
             by_layer,
+            encoded_counts(cache, counts),
             strict=True,
         )
     ]

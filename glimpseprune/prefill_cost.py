@@ -85,6 +85,9 @@ class Predictor:
 class VisionEncoder:
     """Geometry of Qwen2.5-VL's vision encoder; `merge` patches a side make a visual token.
 
+    Where some tokens are left out it encodes the others as so many tokens of a whole image: their
+    windows are counted as full, which at 7B adds less than a hundredth.
+
     Attributes:
         window: patches that attend to one another, `full` layers excepted.
         values: numbers of a patch.
@@ -99,6 +102,23 @@ class VisionEncoder:
     merge: int
     values: int
     output: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "VisionEncoder | None":
+        """Of a GlimpsePrune configuration; None where it is another encoder."""
+        vision = config.vision_config
+        if not hasattr(vision, "fullatt_block_indexes"):
+            return None
+        return cls(
+            vision.depth,
+            len(vision.fullatt_block_indexes),
+            vision.hidden_size,
+            vision.intermediate_size,
+            (vision.window_size // vision.patch_size) ** 2,
+            vision.spatial_merge_size,
+            vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            vision.out_hidden_size,
+        )
 
     def cost(self, tokens: int) -> int:
         """Encoding one image of `tokens` visual tokens whose windows are all full."""
@@ -241,7 +261,8 @@ class PrefillLaw:
     decoder: Decoder
     predictor: Predictor
     glimpse_layer: int
-    additions: Additions
+    additions: Additions = NO_ADDITIONS
+    encoder: VisionEncoder | None = None
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "PrefillLaw":
@@ -263,15 +284,36 @@ class PrefillLaw:
             text.num_attention_heads * len(config.attention_layers),
         )
         additions = Additions(config.glimpse_lora_rank, config.stale_rank)
-        return cls(decoder, predictor, config.glimpse_layer, additions)
+        encoder = VisionEncoder.of(config)
+        return cls(decoder, predictor, config.glimpse_layer, additions, encoder)
 
-    def pruned(self, prune_layer: int | None, text: int, visual: int, kept: int) -> int:
-        """Operations of a pruned prefill; arguments as for `pruned_prefill`."""
-        shape = (self.glimpse_layer, text, visual, kept, prune_layer, self.additions)
-        return pruned_prefill(self.decoder, self.predictor, *shape)
+    def pruned(
+        self, prune_layer: int | None, text: int, visual: int, kept: int, encoded: int | None = None
+    ) -> int:
+        """Operations of a pruned prefill; arguments as for `pruned_prefill`, and:
 
-    def share(self, prune_layer: int | None, text: int, visual: int, kept: int) -> float:
+        Args:
+            encoded: of the visual tokens, those that were encoded; None for all. The decoder sees
+                no others; the predictor's conditions are made of all.
+        """
+        encoded = visual if encoded is None else encoded
+        shape = (self.glimpse_layer, text, encoded, kept, prune_layer, self.additions)
+        conditions = self.predictor.conditions(visual - encoded)
+        return pruned_prefill(self.decoder, self.predictor, *shape) + conditions
+
+    def share(
+        self, prune_layer: int | None, text: int, visual: int, kept: int, encoded: int | None = None
+    ) -> float:
         """The same over the stock model's."""
-        return self.pruned(prune_layer, text, visual, kept) / stock_prefill(
-            self.decoder, text + visual
-        )
+        pruned = self.pruned(prune_layer, text, visual, kept, encoded)
+        return pruned / stock_prefill(self.decoder, text + visual)
+
+    def share_with_encoder(
+        self, prune_layer: int | None, text: int, visual: int, kept: int, encoded: int | None = None
+    ) -> float | None:
+        """The same with the vision encoder's operations on both sides; None where not known."""
+        if self.encoder is None:
+            return None
+        stock = stock_prefill(self.decoder, text + visual) + self.encoder.cost(visual)
+        pruned = self.pruned(prune_layer, text, visual, kept, encoded)
+        return (pruned + self.encoder.cost(visual if encoded is None else encoded)) / stock

@@ -39,37 +39,38 @@ class Questions:
     ):
         self.model, self.processor, self.samples = model, processor, list(samples)
         self.seconds, self.hold_prompts = 0.0, hold_prompts
-        self._ready: dict[int | None, PreparedBatch] = {}
+        self._ready: dict[tuple[int | None, float | None], PreparedBatch] = {}
+        self._features: dict[float | None, VisualFeatures] = {}
         images = [id(sample.image) if by_image else row for row, sample in enumerate(samples)]
         number = {image: index for index, image in enumerate(dict.fromkeys(images))}
         self._image_of_row = [number[image] for image in images]
         self._first = [images.index(image) for image in number]
 
-    def ready(self, look_layer: int | None = None) -> PreparedBatch:
+    def ready(self, look_layer: int | None = None, tolerance: float | None = None) -> PreparedBatch:
         """The questions as `generate` takes them.
 
         Args:
             look_layer: P of the looks to ask over, or None for whole prompts.
+            tolerance: of `redundant_patches`; None encodes everything.
         """
-        if look_layer not in self._ready:
-            make = self._whole if look_layer is None else self._looked
-            self._ready[look_layer] = make() if look_layer is None else make(look_layer)
-        return self._ready[look_layer]
+        way = look_layer, tolerance
+        if way not in self._ready:
+            self._ready[way] = self._whole(tolerance) if look_layer is None else self._looked(*way)
+        return self._ready[way]
 
-    def _whole(self) -> PreparedBatch:
+    def _whole(self, tolerance: float | None) -> PreparedBatch:
         images = [sample.image for sample in self.samples]
         with_images = images[0] is not None
         inputs = self._prepare(self.samples).to(self.model.device)
         counts, encoded = self.model.model.visual_counts(**inputs), inputs
-        if with_images and ENCODES_FIRST:
-            encoded = _with_features(self.model, inputs, self._features.select(self._image_of_row))
+        if with_images:
+            encoded = self._encoded(inputs, tolerance, self._image_of_row)
         return PreparedBatch(self.samples, inputs, counts, encoded)
 
-    def _looked(self, look_layer: int) -> PreparedBatch:
+    def _looked(self, look_layer: int, tolerance: float | None) -> PreparedBatch:
         inputs = self._different.to(self.model.device)
         counts = self.model.model.visual_counts(**inputs)
-        if ENCODES_FIRST:
-            inputs = _with_features(self.model, inputs, self._features)
+        inputs = self._encoded(inputs, tolerance, list(range(len(counts))))
         start = time.perf_counter()
         prefix = self.model.look(**inputs, prune_layer=look_layer)
         self.seconds += time.perf_counter() - start
@@ -90,15 +91,30 @@ class Questions:
         """Whole prompts, one for each different image."""
         return self._prepare([self.samples[place] for place in self._first])
 
-    @cached_property
-    def _features(self) -> VisualFeatures:
-        inputs = self._different.to(self.model.device)
-        start = time.perf_counter()
-        names = self.model.model.visual_inputs["image"]
-        taken = {name: inputs[name] for name in names if name in inputs}
-        features = self.model.model.encode_visual("image", **taken)
-        self.seconds += time.perf_counter() - start
-        return features
+    def _encoded(self, inputs: dict, tolerance: float | None, images: list[int]) -> dict:
+        """Inputs whose pixels are encoded, where `generate` takes them so; else told how to be.
+
+        Args:
+            images: which of the different images each row shows.
+        """
+        if not ENCODES_FIRST:
+            return inputs | {"redundant_patches": as_asked(tolerance)}
+        pixels = self.model.model.visual_inputs["image"][0]
+        left = {name: value for name, value in inputs.items() if name != pixels}
+        features = self._features_without(tolerance).select(images)
+        return left | {"mm_encoder_outputs": {"image": features}}
+
+    def _features_without(self, tolerance: float | None) -> VisualFeatures:
+        """What the vision encoder makes of the different images."""
+        if tolerance not in self._features:
+            inputs = self._different.to(self.model.device)
+            start = time.perf_counter()
+            names = self.model.model.visual_inputs["image"]
+            taken = {name: inputs[name] for name in names if name in inputs}
+            features = self.model.model.encode_telling("image", as_asked(tolerance), **taken)
+            self._features[tolerance] = features
+            self.seconds += time.perf_counter() - start
+        return self._features[tolerance]
 
     def _prepare(self, samples: Sequence[Sample]) -> dict:
         images = [sample.image for sample in samples]
@@ -106,8 +122,6 @@ class Questions:
         return prepare(self.processor, images if images[0] is not None else None, questions)
 
 
-def _with_features(model: PreTrainedModel, inputs: dict, features: VisualFeatures) -> dict:
-    """Inputs whose pixels are replaced by what the vision encoder made of them."""
-    pixels = model.model.visual_inputs["image"][0]
-    left = {name: value for name, value in inputs.items() if name != pixels}
-    return left | {"mm_encoder_outputs": {"image": features}}
+def as_asked(tolerance: float | None) -> float | bool:
+    """`redundant_patches` of a call, for which None is as configured."""
+    return False if tolerance is None else tolerance

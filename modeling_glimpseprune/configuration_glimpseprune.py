@@ -161,6 +161,9 @@ class GlimpsePruneConfigMixin:
 class GlimpsePruneQwenConfigMixin(GlimpsePruneConfigMixin):
     """The fields of `GlimpsePruneConfigMixin`; `vision_layers` are the encoder's blocks."""
 
+    encodes_parts = True
+    redundancy_choice = "None, False, or grey levels in 0..255"
+
     @property
     def last_vision_layer(self) -> int:
         return self.vision_config.depth - 1
@@ -179,8 +182,6 @@ class GlimpsePruneQwen2_5_VLConfig(GlimpsePruneQwenConfigMixin, Qwen2_5_VLConfig
     model_type = "glimpseprune_qwen2_5_vl"
     has_vision_windows = True
     window_choice = "True or False"
-    encodes_parts = True
-    redundancy_choice = "None, False, or grey levels in 0..255"
 
     def __init__(self, **kwargs):
         glimpse_fields = take_glimpse_fields(kwargs)

@@ -24,7 +24,7 @@ from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import run_layer  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
 from .encode_choice import EncodeChoice  # noqa: F401
-from .encoder_subset import EncoderSubset, SubsetVisionEncoder
+from .encoder_subset import EncoderSubset, SubsetVisionEncoder, at_places
 from .fingerprints import fingerprint  # noqa: F401
 from .given_visuals import GivenVisualsMixin  # noqa: F401
 from .glimpse import Glimpse
@@ -57,7 +57,7 @@ from .row_boundaries import IGNORED_LABEL  # noqa: F401
 from .runners import Runners  # noqa: F401
 from .selection import select_visual_tokens  # noqa: F401
 from .shared_layer import SharedLayer  # noqa: F401
-from .stock import AS_OUTPUT, cache_of, encoder_fields, token_types
+from .stock import AS_OUTPUT, cache_of, encoder_fields, subset_arguments, token_types
 from .token_block import TokenBlock  # noqa: F401
 from .token_positions import TokenPositionsMixin  # noqa: F401
 from .visual_encoding import VisualEncodingMixin  # noqa: F401
@@ -178,6 +178,56 @@ class QwenBackboneMixin(PruningModelMixin):
             embeddings, self.in_raster_order(taps, geometry, sizes), geometry, grids
         )
 
+    def encode_part(self, kind, choose, **inputs) -> VisualFeatures:
+        """As `PruningModelMixin.encode_part`; the stock encoder runs over the part alone."""
+        pixels_name, grid_name = self.visual_inputs[kind]
+        pixels, merge = inputs[pixels_name], self.visual.spatial_merge_size
+        whole = inputs[grid_name].to(pixels.device)
+        grids = inputs[grid_name] // inputs[grid_name].new_tensor([1, merge, merge])
+        sizes = grids.prod(-1).tolist()
+        geometry = token_geometry(grids, sizes).to(pixels.device)
+        keep = choose(pixels, geometry)
+        if bool(keep.all()):
+            return self.encode_visual(kind, **inputs)
+        images = image_numbers(sizes, geometry.device)
+        check_every_frame(keep, geometry, images)
+        subset = EncoderSubset.of_tokens(keep, geometry, images, whole, merge)
+        told = self.tell_encoder(kind, subset, keep, geometry, images)
+        part = {pixels_name: pixels[subset.patches], grid_name: subset.grid_for(told)}
+        with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
+            outputs = self.run_encoder(kind, **(inputs | told | part), **AS_OUTPUT)
+        fields = encoder_fields(outputs, self.adds_between_layers)
+        places = keep.nonzero()[:, 0]
+        order = slice(None) if subset.window_index is None else subset.window_index
+        layers = [at_places(tap, places[order], len(keep)) for tap in taps]
+        embeddings, *added = (
+            at_places(torch.cat(list(layer)), places, len(keep)).split(sizes)
+            for layer in (fields["pooler_output"], *(fields.get("deepstack_features") or ()))
+        )
+        described = whole_images(embeddings, layers, geometry, grids, encoded=keep)
+        found = {"pooler_output": embeddings, "deepstack_features": added or None}
+        found["glimpse_views"] = described.glimpse_views
+        return self.features_class.of({k: v for k, v in found.items() if v is not None})
+
+    def tell_encoder(
+        self,
+        kind: str,
+        subset: EncoderSubset,
+        keep: torch.Tensor,
+        geometry: torch.Tensor,
+        images: torch.Tensor,
+    ) -> dict:
+        """Arguments of the stock method that say where the tokens of a subset are.
+
+        None on releases whose encoder asks its own methods.
+
+        Args:
+            keep: `(N,)` bool.
+            geometry: `(N, 6)`, see `token_geometry`.
+            images: `(N,)` number of each token's image.
+        """
+        raise NotImplementedError
+
     def in_raster_order(
         self, taps: list[torch.Tensor], geometry: torch.Tensor, sizes: list[int]
     ) -> list[torch.Tensor]:
@@ -218,31 +268,11 @@ class GlimpsePruneQwen2_5_VLModel(QwenBackboneMixin, Qwen2_5_VLModel):
         order = window_order(geometry, sizes, self.predictor_window)
         return [torch.empty_like(tap).index_copy(0, order, tap) for tap in taps]
 
-    def encode_part(self, kind, choose, **inputs) -> VisualFeatures:
-        """As `PruningModelMixin.encode_part`; the stock encoder runs over the part alone."""
-        pixels_name, grid_name = self.visual_inputs[kind]
-        pixels, merge = inputs[pixels_name], self.visual.spatial_merge_size
-        grids = inputs[grid_name]
-        grids = grids // grids.new_tensor([1, merge, merge])
-        sizes = grids.prod(-1).tolist()
-        geometry = token_geometry(grids, sizes).to(pixels.device)
-        keep = choose(pixels, geometry)
-        if bool(keep.all()):
-            return self.encode_visual(kind, **inputs)
-        images = image_numbers(sizes, geometry.device)
-        check_every_frame(keep, geometry, images)
+    def tell_encoder(self, kind, subset, keep, geometry, images) -> dict:
         windows = window_numbers(geometry, images, self.predictor_window)
-        subset = EncoderSubset.of_tokens(keep, geometry, images, windows, merge)
-        with tap_outputs(self.tapped_modules(), self.reduce_tap) as taps:
-            part = inputs | subset.arguments(kind) | {pixels_name: pixels[subset.patches]}
-            outputs = self.run_encoder(kind, **part, **AS_OUTPUT)
-        kept = keep.nonzero()[:, 0]
-        fields = encoder_fields(outputs, self.adds_between_layers)
-        embeddings = torch.cat(list(fields["pooler_output"]))
-        whole = embeddings.new_zeros(len(keep), embeddings.shape[1]).index_copy(0, kept, embeddings)
-        places = kept[subset.window_index]
-        layers = [tap.new_zeros(len(keep), tap.shape[1]).index_copy(0, places, tap) for tap in taps]
-        return whole_images(whole.split(sizes), layers, geometry, grids, encoded=keep)
+        subset.into_windows(keep, windows)
+        names = ("position_ids", "window_index", "cu_window_seqlens")
+        return subset_arguments(kind, {name: getattr(subset, name) for name in names})
 
 
 class QwenGenerationMixin(PruningGenerationMixin):

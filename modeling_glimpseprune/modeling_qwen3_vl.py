@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLTextModel
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from .assisted_decoding import HELD  # noqa: F401
@@ -16,7 +17,7 @@ from .decoder_call import DecoderCall  # noqa: F401
 from .decoder_layers import MLP_CHUNK  # noqa: F401
 from .decoder_run import DecoderRun  # noqa: F401
 from .encode_choice import EncodeChoice  # noqa: F401
-from .encoder_subset import EncoderSubset  # noqa: F401
+from .encoder_subset import subset_of
 from .fingerprints import SAMPLES  # noqa: F401
 from .given_visuals import GivenVisual  # noqa: F401
 from .glimpse import GlimpseToken  # noqa: F401
@@ -44,7 +45,7 @@ from .pruned_forward import PrunedForwardMixin  # noqa: F401
 from .pruning_arguments import show_arguments, show_pruning_arguments
 from .pruning_backbone import PruningModelMixin  # noqa: F401
 from .pruning_generation import completion_start  # noqa: F401
-from .qwen3_vl_calls import multimodal_positions, with_layers_shown
+from .qwen3_vl_calls import multimodal_positions, part_arguments, with_layers_shown
 from .redundant_patches import telling_tokens  # noqa: F401
 from .repeated_inputs import VISUAL_MASKS  # noqa: F401
 from .row_boundaries import AlignedRows  # noqa: F401
@@ -62,6 +63,24 @@ from .visual_tokens import VisualTokens  # noqa: F401
 @dataclass
 class Qwen3VLVisualFeatures(VisualFeatures, BaseModelOutputWithDeepstackFeatures):
     """Output of the vision encoder, which the stock class's users know."""
+
+
+class SubsetQwen3VisionEncoder(Qwen3VLVisionModel):
+    """The stock encoder; on releases that derive places from the grid alone it reads them there."""
+
+    def rot_pos_emb(self, grid_thw: torch.Tensor) -> torch.Tensor:
+        """`(patches, half the head's width)` angles, as in the stock encoder."""
+        subset = subset_of(grid_thw)
+        if subset is None:
+            return super().rot_pos_emb(grid_thw)
+        return super().rot_pos_emb(subset.whole)[subset.patches]
+
+    def fast_pos_embed_interpolate(self, grid_thw: torch.Tensor) -> torch.Tensor:
+        """`(patches, width)` learned positions, interpolated as in the stock encoder."""
+        subset = subset_of(grid_thw)
+        if subset is None:
+            return super().fast_pos_embed_interpolate(grid_thw)
+        return super().fast_pos_embed_interpolate(subset.whole)[subset.patches]
 
 
 class GlimpsePruneQwen3VLTextModel(QwenTextMixin, Qwen3VLTextModel):
@@ -82,10 +101,11 @@ class GlimpsePruneQwen3VLModel(QwenBackboneMixin, Qwen3VLModel):
     """
 
     config_class = GlimpsePruneQwen3VLConfig
-    vision_class = Qwen3VLVisionModel
+    vision_class = SubsetQwen3VisionEncoder
     text_model_class = GlimpsePruneQwen3VLTextModel
     adds_between_layers = True
     features_class = Qwen3VLVisualFeatures
+    pixel_statistics = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 
     forward = show_pruning_arguments(Qwen3VLModel.forward)(
         with_layers_shown(QwenBackboneMixin.forward)
@@ -102,6 +122,9 @@ class GlimpsePruneQwen3VLModel(QwenBackboneMixin, Qwen3VLModel):
         names = zip(self.visual_inputs[kind], self.visual_inputs["image"], strict=True)
         images = {of_image: inputs.pop(name) for name, of_image in names if name in inputs}
         return Qwen3VLModel.get_image_features(self, **images, **inputs)
+
+    def tell_encoder(self, kind, subset, keep, geometry, images) -> dict:
+        return part_arguments(self.visual, subset)
 
     def own_positions(self, input_ids, inputs_embeds, cache, inputs, prunes):
         """The stock backbone takes no ids beside embeddings, so they are derived here."""

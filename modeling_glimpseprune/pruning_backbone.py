@@ -26,7 +26,7 @@ from .pruning_arguments import (
 from .stock import add_encoded, backbone_names, cache_of, given_cache, take_cache
 from .token_positions import TokenPositionsMixin
 from .visual_encoding import VisualEncodingMixin
-from .visual_features import VisualFeatures, described
+from .visual_features import VisualFeatures, described, refuse_parts
 from .visual_tokens import collect_visual_tokens
 
 
@@ -154,9 +154,11 @@ class PruningModelMixin(
 
         Raises:
             ValueError: when the call asks for a part of visuals that are encoded already, or not
-                to be pruned.
+                to be pruned; when visuals that shall not be pruned were encoded in part.
         """
         given = _of_encoder(arguments)
+        if arguments.prune is False:
+            refuse_parts(encoded or {})
         asks = self.asks_for_part(given)
         if asks and (encoded or arguments.prune is False):
             raise ValueError(

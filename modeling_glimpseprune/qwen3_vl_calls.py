@@ -7,11 +7,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .encoder_subset import EncoderSubset
 from .stock import (
     BACKBONE_DERIVES_POSITIONS,
     LAYER_OUTPUTS,
     TEXT_MODEL_TELLS_OF_LAYERS,
     given_cache,
+    learned_positions,
 )
 
 
@@ -84,3 +86,20 @@ def multimodal_positions(
         places = torch.arange(past, past + input_ids.shape[1], device=inputs_embeds.device)
         return places.expand(len(input_ids), -1)
     return positions
+
+
+def part_arguments(encoder: PreTrainedModel, subset: EncoderSubset) -> dict:
+    """Arguments that tell Qwen3-VL's vision encoder where its patches are, in the grid's place.
+
+    None on releases whose encoder asks its own methods `rot_pos_emb` and
+    `fast_pos_embed_interpolate`. Learned positions are interpolated to the whole images' grid.
+    `get_image_features`, which encodes videos too, takes them by a prefix.
+    """
+    places = learned_positions(encoder, subset.whole)
+    if places is None:
+        return {}
+    parts = {
+        f"image_{name}": part.index_select(by_patch, subset.patches)
+        for name, (part, by_patch) in places.items()
+    }
+    return {"image_position_ids": subset.position_ids, **parts}

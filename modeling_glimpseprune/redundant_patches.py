@@ -4,16 +4,20 @@ A token is left out where its left or upper neighbour shows the same. So the fir
 even region stays and stands for it. The rule looks at pixels alone; it knows no question.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 GREY_LEVELS = 255.0
-CHANNELS = len(OPENAI_CLIP_STD)
+CHANNELS = 3
+Statistics = tuple[Sequence[float], Sequence[float]]
 MOST_LEVELS = 32  # that several greys share; others stand alone
 
 
-def telling_tokens(pixels: torch.Tensor, geometry: torch.Tensor, tolerance: float) -> torch.Tensor:
+def telling_tokens(
+    pixels: torch.Tensor, geometry: torch.Tensor, tolerance: float, statistics: Statistics
+) -> torch.Tensor:
     """Which tokens of images (or videos) their neighbours do not predict.
 
     With a tolerance of 0 a token is predicted by a neighbour with exactly its pixels. Above 0 also
@@ -23,10 +27,11 @@ def telling_tokens(pixels: torch.Tensor, geometry: torch.Tensor, tolerance: floa
     Frames of a video are looked at one by one.
 
     Args:
-        pixels: `(N * patches, channels * values)` as the image processor makes them for Qwen2.5-VL,
-            token after token in raster order, normalised by CLIP's mean and standard deviation.
+        pixels: `(N * patches, channels * values)` as the image processor makes them for Qwen's
+            encoders, token after token in raster order.
         geometry: `(N, 6)`, see `token_geometry`.
         tolerance: in grey levels of 0 to 255.
+        statistics: mean and standard deviation, by channel, that normalised the pixels.
 
     Returns:
         `(N,)` bool, True at tokens to encode; at least one an image and frame.
@@ -42,7 +47,7 @@ def telling_tokens(pixels: torch.Tensor, geometry: torch.Tensor, tolerance: floa
     predicted = same_left & (left != place)
     predicted |= (tokens == tokens[upper]).all(1) & (upper != place)
     if tolerance > 0:
-        levels = _levels_of_even_tokens(pixels, geometry, tolerance)
+        levels = _levels_of_even_tokens(pixels, geometry, tolerance, statistics)
         for neighbour in (left, upper):
             same = (levels == levels[neighbour]).all(1) & (levels[:, 0] >= 0)
             predicted |= same & (neighbour != place)
@@ -50,15 +55,12 @@ def telling_tokens(pixels: torch.Tensor, geometry: torch.Tensor, tolerance: floa
 
 
 def _levels_of_even_tokens(
-    pixels: torch.Tensor, geometry: torch.Tensor, tolerance: float
+    pixels: torch.Tensor, geometry: torch.Tensor, tolerance: float, statistics: Statistics
 ) -> torch.Tensor:
     """`(N, channels)` level of each even token's mean in its frame; -1 at tokens that are not."""
     count = len(geometry)
     channels = pixels.view(count, -1, CHANNELS, pixels.shape[1] // CHANNELS).float()
-    scale, offset = (
-        GREY_LEVELS * torch.tensor(each, device=pixels.device)
-        for each in (OPENAI_CLIP_STD, OPENAI_CLIP_MEAN)
-    )
+    offset, scale = (GREY_LEVELS * torch.tensor(each, device=pixels.device) for each in statistics)
     low, high = channels.amin((1, 3)), channels.amax((1, 3))
     is_even = ((high - low) * scale <= tolerance).all(1, keepdim=True)
     means = (channels.mean((1, 3)) * scale + offset).round().clamp(0, GREY_LEVELS).long()

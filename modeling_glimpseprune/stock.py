@@ -26,22 +26,16 @@ from transformers import (
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen3VLModel,
     cache_utils,
     modeling_outputs,
 )
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.utils import cached_file, logging
 
-try:
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-except ImportError:  # transformers 4, whose encoder returns a tuple
-    BaseModelOutputWithDeepstackFeatures = modeling_outputs.BaseModelOutputWithPooling
 try:
     from transformers.utils.output_capturing import selected_hidden_states
 except ImportError:  # releases that return all hidden states or none
@@ -65,8 +59,15 @@ OF_ENCODERS = ("output_hidden_states", "output_attentions")
 if not hasattr(modeling_outputs, "MultimodalModelOutput"):
     OF_ENCODERS = ()
 
+# What Qwen3-VL's encoder returns; in transformers 4 a tuple.
+BaseModelOutputWithDeepstackFeatures = getattr(
+    modeling_qwen3_vl,
+    "BaseModelOutputWithDeepstackFeatures",
+    modeling_outputs.BaseModelOutputWithPooling,
+)
+
 # Whether Qwen3-VL's backbone has a method for rotary positions, or makes them in `forward`.
-BACKBONE_DERIVES_POSITIONS = hasattr(Qwen3VLModel, "compute_3d_position_ids")
+BACKBONE_DERIVES_POSITIONS = hasattr(modeling_qwen3_vl.Qwen3VLModel, "compute_3d_position_ids")
 
 # transformers 5 has quantized layers of more than one kind.
 QUANTIZED_LAYER = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -280,15 +281,48 @@ def token_types(image: torch.Tensor, video: torch.Tensor) -> dict:
 def subset_arguments(kind: str, places: dict[str, torch.Tensor]) -> dict:
     """Arguments that tell Qwen2.5-VL's vision encoder where its tokens are, in the grid's place.
 
-    None on releases whose encoder asks its own methods `rot_pos_emb` and `get_window_index`.
+    None on releases whose encoder asks its own methods `rot_pos_emb` and `get_window_index`, which
+    some releases have but do not call.
 
     Args:
         kind: of the visuals; `get_image_features` takes its encoder's arguments by a prefix.
         places: by the names that the encoder has for them.
     """
-    if hasattr(Qwen2_5_VisionTransformerPretrainedModel, "get_window_index"):
+    if not hasattr(modeling_qwen2_5_vl, "get_vision_window_index"):
         return {}
     return {f"{kind}_{name}": value for name, value in places.items()}
+
+
+def learned_positions(
+    encoder: PreTrainedModel, grid: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, int]] | None:
+    """Which learned positions Qwen3-VL's vision encoder mixes for each patch, and how.
+
+    Args:
+        grid: `(images, 3)` in patches.
+
+    Returns:
+        By the encoder's names for it, what it takes, and along which dimension patches lie in it;
+        None on releases whose encoder asks its own methods.
+    """
+    sides = {
+        "num_grid_per_side": encoder.num_grid_per_side,
+        "spatial_merge_size": encoder.spatial_merge_size,
+    }
+    if hasattr(modeling_qwen3_vl, "get_vision_interpolation_indices_and_weights"):
+        name, by_patch = "interp", 0
+        found = modeling_qwen3_vl.get_vision_interpolation_indices_and_weights(
+            grid,
+            mode=encoder.interpolation_mode,
+            align_corners=encoder.interpolation_align_corners,
+            **sides,
+        )
+    elif hasattr(modeling_qwen3_vl, "get_vision_bilinear_indices_and_weights"):
+        name, by_patch = "bilinear", 1
+        found = modeling_qwen3_vl.get_vision_bilinear_indices_and_weights(grid, **sides)
+    else:
+        return None
+    return {f"{name}_indices": (found[0], by_patch), f"{name}_weights": (found[1], by_patch)}
 
 
 def tokens_behind(past: int, real: torch.Tensor | int) -> torch.Tensor | int:

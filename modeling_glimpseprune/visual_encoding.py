@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .glimpse import Glimpse
@@ -23,6 +24,7 @@ class VisualEncodingMixin:
         visual_notes: further arguments with one entry a visual, which its encoder does not take.
         adds_between_layers: whether encoders return something to add between decoder layers, too.
         features_class: of encoded visuals.
+        pixel_statistics: mean and standard deviation, by channel, that normalise published pixels.
     """
 
     config: object
@@ -31,6 +33,7 @@ class VisualEncodingMixin:
     visual_notes: dict[str, tuple[str, ...]] = {}
     adds_between_layers = False
     features_class: type[VisualFeatures] = VisualFeatures
+    pixel_statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
     def tapped_modules(self) -> list[nn.Module]:
         """The modules whose outputs condition the predictor, in the order of its layers."""
@@ -86,9 +89,16 @@ class VisualEncodingMixin:
         """
         raise ValueError(f"visual_encode_mask: {type(self.config).redundancy_choice}")
 
-    def encode_as_configured(self, kind: str, **inputs) -> VisualFeatures:
-        """As `encode_visual`, without the patches that the configuration calls redundant."""
-        return self._encode_by(self.encode_choice({}), None, kind, **inputs)
+    def encode_telling(
+        self, kind: str, redundant_patches: float | bool | None = None, **inputs
+    ) -> VisualFeatures:
+        """As `encode_visual`, without redundant patches.
+
+        Args:
+            redundant_patches: as for `generate`: None is as configured, False encodes everything.
+        """
+        choice = self.encode_choice({"redundant_patches": redundant_patches})
+        return self._encode_by(choice, None, kind, **inputs)
 
     def asks_for_part(self, given: dict) -> bool:
         """Whether a call's arguments ask for a part of its visuals to be encoded."""
@@ -122,7 +132,8 @@ class VisualEncodingMixin:
 
             return self.encode_part(kind, choose, **inputs)
         if choice.tolerance is not None:
-            choose = partial(telling_tokens, tolerance=choice.tolerance)
+            settings = {"tolerance": choice.tolerance, "statistics": self.pixel_statistics}
+            choose = partial(telling_tokens, **settings)
             return self.encode_part(kind, choose, **inputs)
         return self.encode_visual(kind, **inputs)
 

@@ -123,6 +123,24 @@ def described(kind: str, features: dict, prunes: bool = True) -> VisualFeatures:
     return VisualFeatures(pooler_output=embeddings, deepstack_features=added)
 
 
+def refuse_parts(encoded: dict) -> None:
+    """Refuse encoded visuals that lack some of their tokens, which the stock decoder would see.
+
+    Args:
+        encoded: encoder outputs by kind, of any class.
+
+    Raises:
+        ValueError: naming the kind.
+    """
+    for kind, features in encoded.items():
+        of_images = features.get("glimpse_views") if isinstance(features, dict) else None
+        if any(view.encoded is not None for views in of_images or () for view in views):
+            raise ValueError(
+                f"mm_encoder_outputs[{kind!r}] lacks the patches that were left out in front of "
+                "the encoder, and prune=False answers from all: encode them whole (encode_visual)"
+            )
+
+
 def whole_images(
     embeddings: Sequence[torch.Tensor],
     layers: list[torch.Tensor],

@@ -1,19 +1,22 @@
-"""Qwen2.5-VL's vision encoder, slowly: whole images in raster order under explicit masks."""
+"""Qwen's vision encoders, slowly: whole images in raster order under explicit masks."""
 
 import torch
+from torch.nn import functional as F
 
 
 def encode_slowly(
     encoder, pixels: torch.Tensor, grids: list[list[int]], keep: torch.Tensor, window: int
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Embeddings `(N, hidden)` of all tokens, while nothing sees what is left out.
+
+    Behind them, of Qwen3-VL, what is added between decoder layers.
 
     Args:
         encoder: the stock encoder.
         pixels: `(N * patches, values)`.
         grids: frames, height and width of each image in tokens.
         keep: `(N,)` bool.
-        window: side of an attention window in tokens.
+        window: side of an attention window in tokens, where the encoder has any.
     """
     merge = encoder.spatial_merge_size
     places, frames, windows = [], [], []
@@ -27,17 +30,26 @@ def encode_slowly(
                         frames.append((image, frame))
                         windows.append((image, frame, row // window, column // window))
     seen = keep.repeat_interleave(merge**2)
-    masks = [
+    in_frame, in_window = (
         torch.tensor([[mine == other for other in groups] for mine in groups]) & seen
         for groups in (frames, windows)
-    ]
+    )
     states = encoder.patch_embed(pixels)
+    learned = getattr(encoder, "pos_embed", None)
+    if learned is not None:
+        sizes = [(height * merge, width * merge) for _, height, width in grids]
+        tables = [_stretched(learned.weight, size) for size in sizes]
+        states = states + torch.stack(
+            [tables[image][place] for (image, _), place in zip(frames, places, strict=True)]
+        )
     size = encoder.blocks[0].attn.qkv.out_features // 3 // encoder.blocks[0].attn.num_heads
     frequencies = 10_000.0 ** -(torch.arange(0, size // 2, 2) / (size // 2))
     angles = (torch.tensor(places)[:, :, None] * frequencies).flatten(1)
     angles = torch.cat([angles, angles], dim=1)[:, None]
+    full = getattr(encoder, "fullatt_block_indexes", range(len(encoder.blocks)))
+    added = []
     for index, block in enumerate(encoder.blocks):
-        mask = masks[index not in encoder.fullatt_block_indexes]
+        mask = in_frame if index in full else in_window
         normed = block.norm1(states)
         query, key, value = (
             part.unflatten(1, (-1, size)) for part in block.attn.qkv(normed).chunk(3, dim=1)
@@ -50,7 +62,17 @@ def encode_slowly(
         attended = torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
         states = states + block.attn.proj(attended)
         states = states + block.mlp(block.norm2(states))
-    return encoder.merger(states)
+        if index in getattr(encoder, "deepstack_visual_indexes", ()):
+            added.append(encoder.deepstack_merger_list[len(added)](states))
+    return [encoder.merger(states), *added]
+
+
+def _stretched(table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A square table `(side ** 2, width)` of learned positions as `(height, width, width)`."""
+    side = round(len(table) ** 0.5)
+    square = table.view(1, side, side, -1).permute(0, 3, 1, 2)
+    stretched = F.interpolate(square, size, mode="bilinear", align_corners=True)
+    return stretched[0].permute(1, 2, 0)
 
 
 def _half_turned(states: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ The slow way encodes whole images while what is left out is hidden in the encode
 
 import pytest
 import torch
-from conftest import MERGE, PATCH, TEMPORAL_PATCH, build_batch, build_models
+from conftest import MERGE, PATCH, TEMPORAL_PATCH, build_batch, build_models, has_windows
 from encoder_reference import encode_slowly
 from generation_prompts import random_keep
 from reference import allowed_attention, attention_restricted_to, positions
@@ -27,13 +27,19 @@ PROMPTS = {
     "image and video": [[2, (3, 2), 1, (2, 2, 3), 4]],
 }
 K = 2
+CLIP = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=[K, 0], ids=["late", "early"])
-def models(request):
+def models(request, family):
     fields = {"glimpse_layer": K, "prune_layer": request.param}
-    return build_models(3, glimpse=fields, num_layers=4, vision_depth=4, window=2)
+    return build_models(3, glimpse=fields, num_layers=4, vision_depth=4, window=2, family=family)
 
 
 def some(batch, seed: int = 0, share: float = 0.6) -> torch.Tensor:
@@ -47,8 +53,11 @@ def some(batch, seed: int = 0, share: float = 0.6) -> torch.Tensor:
     return keep
 
 
-def embedded_slowly(stock, batch, encode: torch.Tensor) -> torch.Tensor:
-    """Embeddings `(batch, length, hidden)` of whole prompts, with images as `encode` lets see."""
+def embedded_slowly(stock, batch, encode: torch.Tensor) -> list[torch.Tensor]:
+    """Embeddings `(batch, length, hidden)` of whole prompts, with images as `encode` lets see.
+
+    Behind them, of Qwen3-VL, what is added at the images behind decoder layers, zeros elsewhere.
+    """
     ids = batch.inputs["input_ids"]
     embeddings = stock.get_input_embeddings()(ids)
     masks = {kind: [] for kind in KINDS}
@@ -57,13 +66,18 @@ def embedded_slowly(stock, batch, encode: torch.Tensor) -> torch.Tensor:
     for (_, kind, grid), mask in zip(batch.visuals, encode.split(sizes), strict=True):
         masks[kind].append(mask)
         grids[kind].append(grid)
+    layers = None
     for kind, name in KINDS.items():
         if grids[kind]:
             keep = torch.cat(masks[kind])
-            rows = encode_slowly(stock.model.visual, batch.inputs[name], grids[kind], keep, 2)
-            place = ids == getattr(stock.config, f"{kind}_token_id")
-            embeddings = embeddings.masked_scatter(place[..., None], rows)
-    return embeddings
+            found = encode_slowly(stock.model.visual, batch.inputs[name], grids[kind], keep, 2)
+            place = (ids == getattr(stock.config, f"{kind}_token_id"))[..., None]
+            if layers is None:
+                layers = [embeddings, *(torch.zeros_like(embeddings) for _ in found[1:])]
+            layers = [
+                layer.masked_scatter(place, rows) for layer, rows in zip(layers, found, strict=True)
+            ]
+    return layers
 
 
 def logits_slowly(stock, batch, row: int, encode, keep, layer: int, completion) -> torch.Tensor:
@@ -86,13 +100,23 @@ def logits_slowly(stock, batch, row: int, encode, keep, layer: int, completion) 
     for index in range(stock.config.get_text_config().num_hidden_layers):
         of_dropped = allowed_attention(dropped, prompt_length, index > layer)
         masks.append(of_dropped & (~unseen | torch.eye(length, dtype=torch.bool)))
-    whole = embedded_slowly(stock, batch, batch_mask(batch, row, encode))[row]
+    whole = embedded_slowly(stock, batch, batch_mask(batch, row, encode))
     real = batch.inputs["attention_mask"][row].bool()
-    embeddings = torch.cat([whole[real], stock.get_input_embeddings()(completion[:-1])])[None]
+    embeddings, *added = (each[row][real] for each in whole)
+    said = stock.get_input_embeddings()(completion[:-1])
+    additions = {}
+    if added:
+        additions = {
+            "visual_pos_masks": visual[None],
+            "deepstack_visual_embeds": [each[visual[: len(each)]] for each in added],
+        }
     with attention_restricted_to(stock, masks):
-        return stock(
-            inputs_embeds=embeddings, position_ids=positions(stock, prompt, length)
-        ).logits[0, prompt_length - 1 :]
+        states = stock.model.language_model(
+            inputs_embeds=torch.cat([embeddings, said])[None],
+            position_ids=positions(stock, prompt, length),
+            **additions,
+        ).last_hidden_state
+    return stock.lm_head(states)[0, prompt_length - 1 :]
 
 
 def batch_mask(batch, row: int, of_row: torch.Tensor) -> torch.Tensor:
@@ -104,9 +128,9 @@ def batch_mask(batch, row: int, of_row: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
-def test_a_part_equals_the_whole_with_the_rest_hidden(models, name):
+def test_a_part_equals_the_whole_with_the_rest_hidden(models, name, family):
     """Embeddings of what is encoded; the stock encoder itself runs over the part alone."""
-    batch = build_batch(PROMPTS[name])
+    batch = build_batch(PROMPTS[name], family=family)
     for seed in range(3):
         encode = some(batch, seed)
         backbone, inputs = models.pruned.model, dict(batch.inputs)
@@ -116,7 +140,8 @@ def test_a_part_equals_the_whole_with_the_rest_hidden(models, name):
         expected = embedded_slowly(models.stock, batch, encode)
         for kind, features in encoded.items():
             place = ids == getattr(models.stock.config, f"{kind}_token_id")
-            found = torch.cat(list(features.pooler_output))
+            layers = [features.pooler_output, *(features.deepstack_features or ())]
+            found = [torch.cat(list(layer)) for layer in layers]
             seen = torch.cat(
                 [
                     torch.ones(len(view.places), dtype=torch.bool)
@@ -125,15 +150,16 @@ def test_a_part_equals_the_whole_with_the_rest_hidden(models, name):
                     for (view,) in features.glimpse_views
                 ]
             )
-            assert_near(found[seen], expected[place][seen])
-            assert not found[~seen].any()
+            for rows, slow in zip(found, expected, strict=True):
+                assert_near(rows[seen], slow[place][seen])
+                assert not rows[~seen].any()
 
 
 @pytest.mark.feature("parts of images encoded")
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
-def test_generation_equals_hidden(models, name):
-    batch, layer = build_batch(PROMPTS[name]), models.pruned.config.prune_layer
+def test_generation_equals_hidden(models, name, family):
+    batch, layer = build_batch(PROMPTS[name], family=family), models.pruned.config.prune_layer
     encode, keep = some(batch), random_keep(batch, 5, 0.6)
     masks = {"visual_encode_mask": encode, "visual_keep_mask": keep}
     output = generate(models.pruned, batch.inputs, 4, **masks)
@@ -149,8 +175,8 @@ def test_generation_equals_hidden(models, name):
 
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
-def test_everything_encoded_is_off(models, name):
-    batch = build_batch(PROMPTS[name])
+def test_everything_encoded_is_off(models, name, family):
+    batch = build_batch(PROMPTS[name], family=family)
     everything = torch.ones(batch.num_visual, dtype=torch.bool)
     off = generate(models.pruned, batch.inputs, 4, max_keep_ratio=0.5)
     on = generate(models.pruned, batch.inputs, 4, max_keep_ratio=0.5, visual_encode_mask=everything)
@@ -167,11 +193,15 @@ def test_everything_encoded_is_off(models, name):
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("name", PROMPTS)
 @torch.no_grad()
-def test_the_glimpse_chooses_among_what_was_encoded(name, windowed):
+def test_the_glimpse_chooses_among_what_was_encoded(name, windowed, family):
     """A batch equals its rows; importance is -inf where nothing was encoded."""
+    if windowed and not has_windows(family):
+        pytest.skip("this encoder has no windows")
     fields = {"glimpse_layer": K, "prune_layer": 1, "predictor_windowed": windowed}
-    model = build_models(3, glimpse=fields, num_layers=4, vision_depth=4, window=2).pruned
-    batch = build_batch(PROMPTS[name])
+    model = build_models(
+        3, glimpse=fields, num_layers=4, vision_depth=4, window=2, family=family
+    ).pruned
+    batch = build_batch(PROMPTS[name], family=family)
     encode = some(batch)
     whole = model.glimpse(**batch.inputs, visual_encode_mask=encode)
     threshold = threshold_that_keeps(whole.importance[encode], 0.5)
@@ -189,10 +219,10 @@ def test_the_glimpse_chooses_among_what_was_encoded(name, windowed):
 
 
 @torch.no_grad()
-def test_shares_are_of_all_tokens():
+def test_shares_are_of_all_tokens(family):
     """`max_keep_ratio` counts what was left out as dropped."""
-    model = build_models(3, glimpse={"glimpse_layer": 1}).pruned
-    batch = build_batch([[3, (4, 5), 4]])
+    model = build_models(3, glimpse={"glimpse_layer": 1}, family=family).pruned
+    batch = build_batch([[3, (4, 5), 4]], family=family)
     encode = torch.arange(20) % 2 == 0
     settings = {"visual_encode_mask": encode, "prune_threshold": 0.0}
     assert model.glimpse(**batch.inputs, **settings).kept == 10
@@ -200,11 +230,15 @@ def test_shares_are_of_all_tokens():
 
 
 @torch.no_grad()
-def test_layers_and_attentions_as_the_caller_sees_the_prompt():
+def test_layers_and_attentions_as_the_caller_sees_the_prompt(family):
     model = build_models(
-        3, "eager", glimpse={"glimpse_layer": K, "prune_layer": 1}, num_layers=4
+        3,
+        "eager",
+        glimpse={"glimpse_layer": K, "prune_layer": 1},
+        num_layers=4,
+        family=family,
     ).pruned
-    batch = build_batch(PROMPTS["batch"])
+    batch = build_batch(PROMPTS["batch"], family=family)
     encode, keep = some(batch), random_keep(batch, 5, 0.6)
     masks = {"visual_encode_mask": encode, "visual_keep_mask": keep}
     outputs = model(**batch.inputs, **masks, output_hidden_states=True, output_attentions=True)
@@ -225,8 +259,8 @@ def test_layers_and_attentions_as_the_caller_sees_the_prompt():
 
 @pytest.mark.feature("parts of images encoded")
 @torch.no_grad()
-def test_prefixes_hold_what_was_encoded(models):
-    model, batch = models.pruned, build_batch(PROMPTS["batch"])
+def test_prefixes_hold_what_was_encoded(models, family):
+    model, batch = models.pruned, build_batch(PROMPTS["batch"], family=family)
     encode = some(batch)
     fresh = generate(model, batch.inputs, 3, visual_encode_mask=encode, max_keep_ratio=0.3)
     prefix = model.look(**batch.inputs, visual_encode_mask=encode)
@@ -237,13 +271,13 @@ def test_prefixes_hold_what_was_encoded(models):
 
 
 @torch.no_grad()
-def test_a_prefix_and_an_own_image_each_in_part(models, tmp_path):
+def test_a_prefix_and_an_own_image_each_in_part(models, tmp_path, family):
     model, batch = (
         models.pruned,
-        build_batch([[2, (3, 4), 2, (2, 3), 3], [2, (3, 4), 1, (1, 3), 4]]),
+        build_batch([[2, (3, 4), 2, (2, 3), 3], [2, (3, 4), 1, (1, 3), 4]], family=family),
     )
     encode = some(batch)
-    length = build_batch([[2, (3, 4)]]).inputs["input_ids"].shape[1]
+    length = build_batch([[2, (3, 4)]], family=family).inputs["input_ids"].shape[1]
     first = torch.cat([part[:12] for part in batch.split(encode)])
     rest = torch.cat([part[12:] for part in batch.split(encode)])
     fresh = generate(model, batch.inputs, 3, visual_encode_mask=encode, max_keep_ratio=0.3)
@@ -261,10 +295,13 @@ def test_a_prefix_and_an_own_image_each_in_part(models, tmp_path):
 
 @pytest.mark.feature("parts of images encoded")
 @torch.no_grad()
-def test_later_turns(models):
+def test_later_turns(models, family):
     """A later image in part, behind one in part; text behind both."""
     model = models.pruned
-    first, second = build_batch([[3, (2, 3), 4]] * 2), build_batch([[1, (2, 2), 3]] * 2, 1)
+    first, second = (
+        build_batch([[3, (2, 3), 4]] * 2, family=family),
+        build_batch([[1, (2, 2), 3]] * 2, 1, family),
+    )
     masks = [some(first), some(second, 1)]
     start = generate(model, first.inputs, 3, visual_encode_mask=masks[0], max_keep_ratio=0.5)
     kept = cache_of(start).glimpse.keep_mask
@@ -295,8 +332,8 @@ def test_later_turns(models):
 @pytest.mark.feature("parts of images encoded")
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}])
 @torch.no_grad()
-def test_ways_of_generating(models, options):
-    model, batch = models.pruned, build_batch(PROMPTS["batch"])
+def test_ways_of_generating(models, options, family):
+    model, batch = models.pruned, build_batch(PROMPTS["batch"], family=family)
     settings = {"visual_encode_mask": some(batch), "max_keep_ratio": 0.3, "max_new_tokens": 3}
     found = model.generate(**batch.inputs, **settings, **options)
     for row, encode in enumerate(batch.split(settings["visual_encode_mask"])):
@@ -319,10 +356,41 @@ def test_in_place_over_a_look_needs_whole_images():
         model.model(**behind, in_place=True, only_glimpse=True, use_cache=True)
 
 
-def test_training_in_place(models):
+@torch.no_grad()
+def test_answers_in_place_equal_hidden(family):
+    """Without a glimpse token, which would stand between prompt and answer."""
+    fields = {"glimpse_layer": 1, "num_glimpse_tokens": 0}
+    models, batch = (
+        build_models(3, glimpse=fields, num_layers=4, family=family),
+        build_batch(PROMPTS["batch"], family=family),
+    )
+    encode = some(batch)
+    length = batch.inputs["input_ids"].shape[1]
+    found = models.pruned(
+        **batch.inputs, prompt_length=length - 2, visual_encode_mask=encode, in_place=True
+    ).logits
+    for row, of_row in enumerate(batch.split(encode)):
+        ids = batch.rows[row]["input_ids"]
+        expected = logits_slowly(models.stock, batch, row, of_row, of_row, 1, ids[0, :1])
+        assert_near(found[row, -1:], expected[-1:])
+
+
+@torch.no_grad()
+def test_a_soft_mask_at_its_ends_equals_a_hard_one(models, family):
+    batch = build_batch(PROMPTS["batch"], family=family)
+    encode, keep = some(batch), random_keep(batch, 5, 0.6)
+    length = batch.inputs["input_ids"].shape[1]
+    given = {"visual_encode_mask": encode, "prompt_length": length - 1}
+    log_keep = torch.zeros(batch.num_visual).masked_fill(~keep, float("-inf"))
+    soft = models.pruned(**batch.inputs, **given, visual_log_keep=log_keep).logits
+    hard = models.pruned(**batch.inputs, **given, visual_keep_mask=keep).logits
+    assert_near(soft[:, -2:], hard[:, -2:])
+
+
+def test_training_in_place(models, family):
     """Stage 1's forward: logits of the completion as if the tokens were not there."""
-    model = build_models(3, glimpse={"glimpse_layer": 1}).pruned
-    batch = build_batch([[2, (2, 3), 4]])
+    model = build_models(3, glimpse={"glimpse_layer": 1}, family=family).pruned
+    batch = build_batch([[2, (2, 3), 4]], family=family)
     encode = torch.tensor([True, False, True, True, False, True])
     length = batch.inputs["input_ids"].shape[1]
     arguments = {"prompt_length": length - 2, "visual_encode_mask": encode}
@@ -341,14 +409,28 @@ def test_training_in_place(models):
     assert model.model.glimpse.token.embeddings.grad.abs().max() > 0
 
 
-def pixels_of(images: torch.Tensor) -> torch.Tensor:
+def pixels_of(images: torch.Tensor, statistics: tuple = CLIP) -> torch.Tensor:
     """`(height, width, 3)` grey levels as the image processor hands them to the encoder."""
     side = MERGE * PATCH
-    scaled = (images / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
+    mean, deviation = map(torch.tensor, statistics)
+    scaled = (images / 255 - mean) / deviation
     tokens = scaled.unfold(0, side, side).unfold(1, side, side)  # rows, columns, 3, side, side
     parts = tokens.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)
     patches = parts.permute(0, 1, 3, 4, 2, 5, 6).flatten(0, 3)  # tokens' patches, 3, P, P
     return patches[:, :, None].expand(-1, -1, TEMPORAL_PATCH, -1, -1).flatten(1)
+
+
+@torch.no_grad()
+def test_a_tolerance_is_in_grey_levels_of_the_familys_processor(models, family):
+    """Noise over 20 grey levels, of which other statistics would make 11 or 37."""
+    batch, side = build_batch([[2, (3, 4), 4]], family=family), MERGE * PATCH
+    generator = torch.Generator().manual_seed(0)
+    image = 120 + torch.randint(0, 21, (3 * side, 4 * side, 3), generator=generator)
+    published = {"qwen2_5_vl": CLIP, "qwen3_vl": ([0.5] * 3, [0.5] * 3)}
+    inputs = batch.inputs | {"pixel_values": pixels_of(image, published[family])}
+    for tolerance, encoded in ((16, 12), (24, 1)):
+        record = models.pruned.glimpse(**inputs, redundant_patches=tolerance)
+        assert encoded == (12 if record.encoded is None else int(record.encoded.sum()))
 
 
 class TestTellingTokens:
@@ -357,7 +439,8 @@ class TestTellingTokens:
     def told(self, image: torch.Tensor, tolerance: float) -> torch.Tensor:
         rows, columns = (size // self.SIDE for size in image.shape[:2])
         geometry = token_geometry(torch.tensor([[1, rows, columns]]), [rows * columns])
-        return telling_tokens(pixels_of(image), geometry, tolerance).view(rows, columns)
+        told = telling_tokens(pixels_of(image), geometry, tolerance, CLIP)
+        return told.view(rows, columns)
 
     def page(self, rows: int = 4, columns: int = 5, grey: float = 250.0) -> torch.Tensor:
         return torch.full((rows * self.SIDE, columns * self.SIDE, 3), grey)
@@ -392,13 +475,13 @@ class TestTellingTokens:
     def test_frames_are_looked_at_one_by_one(self):
         geometry = token_geometry(torch.tensor([[2, 1, 2]]), [4])
         pixels = torch.zeros(4 * MERGE**2, 3 * TEMPORAL_PATCH * PATCH**2)
-        assert telling_tokens(pixels, geometry, 0).tolist() == [True, False, True, False]
+        assert telling_tokens(pixels, geometry, 0, CLIP).tolist() == [True, False, True, False]
 
 
 class TestBadInput:
     @pytest.fixture
-    def asked(self, models):
-        return models.pruned, build_batch([[2, (2, 3), 4]]).inputs
+    def asked(self, models, family):
+        return models.pruned, build_batch([[2, (2, 3), 4]], family=family).inputs
 
     @pytest.mark.parametrize("tolerance", [-1, 256, float("nan"), "16", True])
     def test_tolerances(self, asked, tolerance):
@@ -421,10 +504,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match="pixels of a prompt that is pruned"):
             model.generate(**inputs, redundant_patches=0, prune=False, max_new_tokens=2)
 
+    def test_visuals_encoded_in_part_without_pruning(self, asked):
+        model, inputs = asked
+        inputs = dict(inputs)
+        blank, grid = torch.zeros_like(inputs.pop("pixel_values")), inputs["image_grid_thw"]
+        features = model.model.encode_telling("image", 0, pixel_values=blank, image_grid_thw=grid)
+        inputs["mm_encoder_outputs"] = {"image": features}
+        with pytest.raises(ValueError, match="prune=False answers from all"):
+            model(**inputs, prune=False)
+
     def test_a_grid_that_lost_what_it_stands_for(self, models):
         """On releases whose encoder asks its own methods, where device hooks copy arguments."""
         with pytest.raises(RuntimeError, match="a copy of the grid that stands for a part"):
-            models.pruned.model.visual.get_window_index(torch.tensor([[1, 8, 1]]))
+            models.pruned.model.visual.rot_pos_emb(torch.tensor([[1, 8, 1]]))
 
     def test_a_prefix_is_encoded_already(self, asked):
         model, inputs = asked
@@ -435,18 +527,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match="visuals behind the prefix, and there are none"):
             model(**question)
 
-    @pytest.mark.parametrize("family", ["llava", "llava_next"])
-    def test_other_families(self, family):
-        model = build_models(family=family).pruned
-        inputs = build_batch([[2, (2, 3), 4]], family=family).inputs
+    @pytest.mark.parametrize("other", ["llava", "llava_next"])
+    def test_other_families(self, other):
+        model = build_models(family=other).pruned
+        inputs = build_batch([[2, (2, 3), 4]], family=other).inputs
         with pytest.raises(ValueError, match="takes whole images only"):
             model.generate(**inputs, redundant_patches=0, max_new_tokens=2)
         model.config.redundant_patches = 0
         with pytest.raises(ValueError, match="takes whole images only"):
             model.generate(**inputs, max_new_tokens=2)
 
-    def test_a_prompt_that_ends_unseen(self, models):
-        inputs = build_batch([[2, (2, 3)]]).inputs
+    def test_a_prompt_that_ends_unseen(self, models, family):
+        inputs = build_batch([[2, (2, 3)]], family=family).inputs
         cut = {
             name: each[:, :-1] if each.shape[-1] == 10 else each for name, each in inputs.items()
         }

@@ -1,6 +1,7 @@
 """`glimpseprune calibrate`: thresholds, agreement with the late glimpse, and the choice."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ def test_overlap_of_the_best_scored():
     assert top_overlap(late, late, 0.2) == 1.0
     assert top_overlap(early, late, 0.2) == 0.5
     assert top_overlap(early, late, 0.01) == 1.0  # at least one token
+    left_out = torch.tensor([-math.inf, 2.0, 1.0, -math.inf])
+    assert top_overlap(left_out, left_out.flip(0), 1.0) == 1.0  # of the two that were encoded
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,28 @@ def test_the_choice_is_written_and_used(tiny_copy, tmp_path, capsys):
     assert (record.prune_layer, record.glimpse_layer) == (0, 1)
 
 
+def test_redundant_patches_are_left_out_and_written(tiny_copy, tmp_path, capsys):
+    """The sweep leaves them out, says so, and so does a later one by what it wrote."""
+    results = []
+    for index, more in enumerate([[], ["--redundant-patches", "48", "--write"], []]):
+        output = tmp_path / f"{index}.json"
+        arguments = ["--model", str(tiny_copy), "--questions", "8", "--output", str(output)]
+        assert main(["calibrate", *arguments, *more]) == 0
+        printed = capsys.readouterr().out
+        results.append(json.loads(output.read_text())["calibration"])
+        encoded = results[-1]["encoded"]
+        assert (f"redundant_patches 48: {encoded:.1%} of the tokens" in printed) == bool(index)
+    off, on, written = results
+    assert json.loads((tiny_copy / "config.json").read_text())["redundant_patches"] == 48
+    assert off["redundant_patches"] is None and off["encoded"] == 1
+    assert on["redundant_patches"] == written["redundant_patches"] == 48
+    assert 0.5 < on["encoded"] == written["encoded"] < 1
+    for without, left in zip(off["layers"], on["layers"], strict=True):
+        assert left["cost"] < without["cost"]
+        assert left["cost_with_encoder"] < without["cost_with_encoder"]
+        assert left["retention"] <= 0.11 + 1e-6
+
+
 def test_questions_and_images_suffice(tmp_path, capsys):
     Image.open(calibration_model() / "page.png").convert("RGB").save(tmp_path / "page.png")
     line = {"question": "What is the value of CS?", "image": "page.png", "dataset": "mine"}
@@ -111,6 +136,7 @@ def test_questions_and_images_suffice(tmp_path, capsys):
     "arguments, message",
     [
         (["--prune-layers", "2"], "prune layers must lie in 0..glimpse_layer (1): [2]"),
+        (["--redundant-patches", "256"], "redundant_patches must be None, False, or grey levels"),
         (["--retention", "0"], "retention must lie in (0, 1], got 0.0"),
         (["--write", "--model", "somebody/something"], "--write needs a repository in a folder"),
     ],

@@ -3,12 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import GenerationMixin
 
 from glimpseprune.cli import COMMANDS, main
 from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
+from glimpseprune.visualisation import draw_glimpse
 
 
 def test_every_command_has_help(capsys):
@@ -33,6 +36,36 @@ def test_ask_without_pruning_keeps_all(tmp_path, capsys):
     picture = tmp_path / "picture.png"
     assert main(["ask", "--no-prune", "--output", str(picture)]) == 0
     assert "all" in capsys.readouterr().out and not picture.exists()
+
+
+def test_ask_draws_what_was_not_encoded_in_another_colour(tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    assert main(["ask", "--redundant-patches", "48", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    total, encoded = (int(re.search(r, printed)[1]) for r in (r"of (\d+)", r"encoded: (\d+)"))
+    assert 0 < encoded < total
+    drawn = np.asarray(Image.open(picture), dtype=int)
+    left = drawn[:, : drawn.shape[1] // 2]
+    # A dimmed pixel reaches a quarter of 255; the tint alone has more blue, and the page has no
+    # blue so strong over a red so weak.
+    tinted = (left[..., 2] > 100) & (left[..., 0] < 100)
+    assert tinted.mean() == pytest.approx(1 - encoded / total, abs=0.02)
+    assert main(["ask", "--redundant-patches", "0", "--no-prune"]) == 2
+    assert "leave them out with prune=False" in capsys.readouterr().err
+
+
+def test_pictures_tell_kept_dropped_and_unencoded_apart():
+    page = Image.new("RGB", (6, 2), (200, 200, 200))
+    keep, encoded = torch.tensor([True, False, False]), torch.tensor([True, True, False])
+    importance = torch.tensor([2.0, -2.0, float("-inf")])
+    drawn = np.asarray(draw_glimpse(page, keep, importance, (1, 3), encoded))[0].tolist()
+    kept, dropped, unseen = drawn[0:6:2]
+    assert kept == [200, 200, 200] and dropped == [50, 50, 50]
+    assert unseen[2] > unseen[0] + 50 and unseen != dropped
+    *scored, unscored = drawn[6::2]
+    assert all(len(set(colour)) == 3 for colour in scored) and unscored == [200, 200, 200]
+    without = draw_glimpse(page, keep, importance.clamp(min=-9), (1, 3))
+    assert np.asarray(without)[0].tolist()[4] == dropped
 
 
 def test_chat_looks_once_and_answers_until_an_empty_line(capsys, monkeypatch):

@@ -196,20 +196,25 @@ def test_without_pruning_nothing_is_added(models, batch):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 def test_formula_of_the_vision_encoder_agrees_with_the_counter(models):
-    vision = models.stock.config.vision_config
     batch = build_batch([[3, (6, 8), 4]])  # whole windows
     images = (batch.inputs["pixel_values"], batch.inputs["image_grid_thw"])
-    encoder = VisionEncoder(
-        vision.depth,
-        len(vision.fullatt_block_indexes),
-        vision.hidden_size,
-        vision.intermediate_size,
-        (vision.window_size // vision.patch_size) ** 2,
-        vision.spatial_merge_size,
-        images[0].shape[1],
-        vision.out_hidden_size,
-    )
+    encoder = VisionEncoder.of(models.pruned.config)
     assert count_flops(lambda: models.stock.model.visual(*images)) == encoder.cost(6 * 8)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_formula_agrees_with_the_counter_where_patches_are_left_out(models):
+    """Two of four windows left out whole; the decoder sees what is left."""
+    model, batch = models.pruned, build_batch([[3, (4, 4), 4]])
+    encode = torch.arange(16) // 2 % 2 == 0  # columns 0 and 1, a window's width
+    text, law = 3 + 4 + VISION_TOKENS, PrefillLaw.of(model.config)
+    settings = {"visual_encode_mask": encode, "max_keep_ratio": 0.25, "prune_threshold": 0.0}
+    head = 2 * model.lm_head.weight.numel()
+    counted = count_flops(lambda: run(model, batch, **settings)) - head
+    expected = law.encoder.cost(8) + law.pruned(None, text, 16, 4, 8)
+    stock = law.encoder.cost(16) + stock_prefill(law.decoder, text + 16)
+    assert law.share_with_encoder(None, text, 16, 4, 8) == expected / stock
+    assert counted == expected + rotary_flops(model, text + 8 + 1 + text + 4)
 
 
 def test_stages_add_up(models, batch):

@@ -11,6 +11,7 @@ MODELS = {"shared_models", "build_models", "make_model"}  # fixtures that come i
 ROW = re.compile(r"\| (?P<feature>[^|]+) \| (?P<answer>[^|]+) \| (?P<families>[^|]+) \| (`.+`) \|")
 
 
+OF_QWEN = ("video", "parts of images encoded")
 FAMILIES = ("Qwen2.5-VL", "Qwen", "all")  # from few to many
 
 
@@ -26,7 +27,7 @@ def marked_tests() -> dict[str, dict[str, str]]:
             for mark in decorators:
                 if found := re.fullmatch(r"pytest\.mark\.feature\('(.+)'\)", mark):
                     families = "all" if arguments & MODELS else "Qwen2.5-VL"
-                    if "QWEN_ONLY" in decorators or found[1] == "video":
+                    if "QWEN_ONLY" in decorators or found[1] in OF_QWEN:
                         families = "Qwen"
                     features[found[1]][node.name] = families
     return features

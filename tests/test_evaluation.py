@@ -126,6 +126,32 @@ def test_held_prompts_change_no_answer(tiny, samples, evaluation):
     assert ran[0] - ran[1] == QUESTIONS * (own - 1) * (6 - 1)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_redundant_patches_are_left_out_for_the_model_alone(tiny, samples, evaluation, fresh):
+    """As the call or the configuration says; other methods see everything all the same."""
+    model, processor = tiny
+    methods = [*METHODS, OwnPruning(redundant_patches=False), OwnPruning(redundant_patches=0)]
+    model.config.redundant_patches = 48
+    try:
+        *found, off, exact = evaluate(*tiny, samples, methods, batch_size=4, fresh=fresh).answers
+    finally:
+        model.config.redundant_patches = None
+    layers, last_full = model.config.text_config.num_hidden_layers, model.config.glimpse_layer
+    for method, given, expected in zip(METHODS, found, evaluation.answers, strict=True):
+        if not isinstance(method, OwnPruning):
+            assert given == expected
+            continue
+        for answer in given:
+            sample = answer.sample
+            inputs = prepare(processor, [sample.image], [sample.question])
+            options = {} if method.ratio is None else {"max_keep_ratio": method.ratio}
+            record = model.glimpse(**inputs, **options, redundant_patches=48)
+            assert answer.encoded == record.encoded.sum() < answer.visual
+            assert answer.by_layer[: last_full + 1] == (answer.encoded,) * (last_full + 1)
+            assert answer.by_layer[last_full + 1 :] == (record.kept,) * (layers - last_full - 1)
+    assert off == exact == evaluation.answers[1]  # noise leaves no two patches alike
+
+
 def test_each_image_is_looked_at_once(tiny, samples, monkeypatch):
     """Once for each prune layer, and encoded once for all of them and for whole prompts."""
     model, processor = tiny

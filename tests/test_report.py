@@ -15,7 +15,13 @@ from benchmarks.report.page import write_page
 from benchmarks.report.records import Record, append_records, read_records
 from benchmarks.report.run import run_methods
 from benchmarks.report.statistics import Bootstrap
-from glimpseprune.baselines.catalogue import compared_methods, label, own_pruning, read_ahead
+from glimpseprune.baselines.catalogue import (
+    compared_methods,
+    label,
+    own_pruning,
+    read_ahead,
+    without_redundant_patches,
+)
 from glimpseprune.baselines.fastv import FastV
 from glimpseprune.baselines.method import Method, OwnPruning, TextOnly
 from glimpseprune.baselines.random_tokens import RandomTokens
@@ -23,7 +29,7 @@ from glimpseprune.baselines.scorer import AtGlimpseLayer, BeforeDecoder
 from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.loading import REPOSITORY, TINY_MODEL, load_model
 from glimpseprune.metrics import exact_match
-from glimpseprune.prefill_cost import pruned_prefill, stock_prefill
+from glimpseprune.prefill_cost import VisionEncoder, pruned_prefill, stock_prefill
 
 LAYERS, K, TEXT, VISUAL = 6, 1, 19, 100
 
@@ -41,7 +47,7 @@ def costs(tiny):
 def record(method: Method, by_layer, number=0, score=1.0, page="page", evidence=0.1) -> Record:
     return Record(
         method.name, method.ratio, method.seed, number, page, "group", evidence, "", score, VISUAL,
-        TEXT, tuple(by_layer),
+        TEXT, tuple(by_layer), by_layer[0],
     )  # fmt: skip
 
 
@@ -67,6 +73,25 @@ def test_counted_costs_follow_the_tokens_of_each_layer(tiny, costs):
     whole_layers = flops(FastV(ratio=0.1), pruned)
     reading = 2 * decoder.hidden * (decoder.hidden + full)
     assert whole_layers == at_layer + decoder.mlp(full) - decoder.mlp(short) + reading
+
+
+def test_the_encoder_is_counted_over_what_it_saw(tiny, costs):
+    encoder = VisionEncoder.of(tiny[0].config)
+    (left_out,) = without_redundant_patches(16)
+    parts = {Method(): VISUAL, TextOnly(): 0, left_out: 60}
+    records = [record(method, [seen] * (K + 1) + [10] * 4) for method, seen in parts.items()]
+    records[0] = record(Method(), [VISUAL] * LAYERS)
+    lines = Figures(records, [*parts], costs).lines
+    decoder, predictor = geometry(tiny[0])
+    stock = stock_prefill(decoder, TEXT + VISUAL)
+    pruned = pruned_prefill(decoder, predictor, K, TEXT, 60, 10)
+    pruned += predictor.conditions(VISUAL - 60)
+    line = lines[left_out.name]
+    assert line.flops == pytest.approx(pruned / stock)
+    whole = (pruned + encoder.cost(60)) / (stock + encoder.cost(VISUAL))
+    assert line.with_encoder == pytest.approx(whole)
+    assert lines["all tokens"].with_encoder == 1
+    assert lines["text only"].with_encoder < lines["text only"].flops
 
 
 def test_counted_costs_follow_the_prune_layer_of_the_call_and_the_repository(tiny, costs):
@@ -165,7 +190,7 @@ def test_page_shows_every_method_and_both_retentions(costs):
     page = write_page("Title", "command", {"model": "tiny"}, figures, {}, [], [])
     for method in methods:
         assert f"| {method.name}" in page
-    assert "| method | accuracy | gain | kept | over layers | tokens a layer | prefill |" in page
+    assert "| kept | over layers | tokens a layer | prefill | with encoder |" in page
     assert "answered (3) | not answered (1)" in page
     assert label(OwnPruning()) == "GlimpsePrune"
 
@@ -175,11 +200,11 @@ def test_one_command_writes_the_report(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, "-m", "benchmarks.report", "--output", str(tmp_path)]
     command += ["--questions", "8", "--kind-questions", "4", "--batch-size", "8"]
-    command += ["--prune-layer", "0", "--early", str(TINY_MODEL)]
+    command += ["--prune-layer", "0", "--early", str(TINY_MODEL), "--redundant-patches", "48"]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     page = (tmp_path / "README.md").read_text()
     pictures = [line.split("](")[1].rstrip(")") for line in page.splitlines() if "![" in line]
     assert len(pictures) >= 4 and all((tmp_path / name).is_file() for name in pictures)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures["lines"]) == 5 + 3 * 14
+    assert len(figures["lines"]) == 6 + 3 * 14 + 1
     assert all(len(seed) == 8 for seeds in figures["scores"].values() for seed in seeds)

@@ -1,6 +1,7 @@
 """Masks drawn at random, and stage 2 that learns from their rewards."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,9 @@ def record_of(*importance: float, height: int = 1) -> SimpleNamespace:
     """Prompts' visual tokens in one image of that many rows."""
     width = len(importance) // height
     geometry = [(0, i // width, i % width, 1, height, width) for i in range(len(importance))]
-    return SimpleNamespace(importance=torch.tensor(importance), geometry=torch.tensor(geometry))
+    return SimpleNamespace(
+        importance=torch.tensor(importance), geometry=torch.tensor(geometry), encoded=None
+    )
 
 
 def test_tokens_are_kept_as_often_as_their_probability_says():
@@ -82,6 +85,20 @@ def test_tokens_that_always_stay_take_no_part_in_log_probabilities():
     settings = SimpleNamespace(**vars(SETTINGS) | {"anchor_corners": ["top_left"]})
     mask_log_probs(record, settings, [3], [0], [torch.ones(3).bool()]).sum().backward()
     assert record.importance.grad[0] == 0 and (record.importance.grad[1:] > 0).all()
+
+
+def test_what_was_not_encoded_is_never_drawn_and_takes_no_part():
+    record = record_of(0.0, -math.inf, 2.0)
+    settings = SimpleNamespace(**vars(SETTINGS) | {"min_keep_tokens": 3})
+    assert draw_masks(record, settings, [3], [0]).tolist() == [True, False, True]
+    mask = torch.tensor([True, False, True])
+    record.encoded = mask
+    record.importance.requires_grad_(True)
+    found = mask_log_probs(record, SETTINGS, [3], [0], [mask])
+    found.sum().backward()
+    logits = torch.tensor([0.0, 2.0]) - torch.tensor(0.2).logit()
+    assert found.item() == pytest.approx(logits.sigmoid().log().sum().item() / 3)
+    assert record.importance.grad.isfinite().all() and record.importance.grad[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def prompts_of(trainer, batch) -> dict:
     inputs = dict(batch)
     for name in ("names", "evidence_mask", "labels"):
         inputs.pop(name)
-    inputs["mm_encoder_outputs"] = {"image": trainer._encode_images(inputs)}
+    visuals, images = inputs.pop("visuals"), inputs.pop("image_index").tolist()
+    inputs["mm_encoder_outputs"] = {"image": trainer._encode_images(visuals, images)}
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     length = inputs["prompt_length"]
     return inputs | {name: inputs[name][:, :length] for name in names if name in inputs}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from stage1_data import GLIMPSE, collate, recipe_of
 
 from glimpseprune.data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
-from glimpseprune.training import stage1_trainer
+from glimpseprune.training import stage1_losses
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.checkpoints import last_checkpoint
 from glimpseprune.training.run_plot import PLOT, plot_run
@@ -254,7 +254,7 @@ def test_a_loss_that_is_no_number_stops_the_run(base, data, tmp_path, monkeypatc
             losses[1] = float("nan")
         return losses
 
-    monkeypatch.setattr(stage1_trainer, "bce_loss", broken)
+    monkeypatch.setattr(stage1_losses, "bce_loss", broken)
     recipe = recipe_of(base, data, tmp_path / "trained", **{"training.save_steps": 1})
     message = r"at step 3 the loss is no finite number: bce_loss of .*[abc].png: 'What is the value"
     with pytest.raises(LossNotFinite, match=message) as caught:

@@ -35,6 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--early", type=Path, help="results whose points below P = K the page shows"
     )
+    parser.add_argument(
+        "--before-encoder",
+        type=Path,
+        help="what benchmarks.efficiency.before_encoder wrote, for the page",
+    )
     parser.add_argument("--geometry", choices=(*REAL, SCALED), default=SCALED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -87,8 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         ):
             write_json(results, content | {"points": points})
     if arguments.page:
-        early = read_json(arguments.early) if arguments.early else None
-        write_page(read_json(results), arguments.page, early)
+        others = (arguments.early, arguments.before_encoder)
+        write_page(
+            read_json(results), arguments.page, *(each and read_json(each) for each in others)
+        )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from benchmarks.efficiency.before_encoder_page import section
 from glimpseprune.prefill_cost import (
     OFFICIAL_PREDICTOR_7B,
     PREDICTOR_QWEN3_VL_8B,
@@ -62,12 +63,15 @@ LAW_LAYERS, LAW_RETENTION = (9, 14, 18, 23), (0.03, 0.04, 0.1, 0.25, 0.5)
 PAPER_PROMPT, PAPER_KEPT, TEXT = 5074, 202, 60
 
 
-def write_page(results: dict, page: Path, early: dict | None = None) -> None:
+def write_page(
+    results: dict, page: Path, early: dict | None = None, before_encoder: dict | None = None
+) -> None:
     """Write the page, and a plot a sweep beside it.
 
     Args:
         results: content of a results file.
         early: of another one, whose points below P = K are shown in place of these.
+        before_encoder: what `benchmarks.efficiency.before_encoder` wrote.
     """
     points = results["points"]
     centre = points[0]
@@ -78,6 +82,7 @@ def write_page(results: dict, page: Path, early: dict | None = None) -> None:
         "## Where the time goes\n\n" + _profiles(centre["profiles"]),
         "## The law of the prefill's cost\n\n" + _law(),
         "## Dropping early, looking ahead\n\n" + _early_law() + _early_times(early or results),
+        "## Before the encoder\n\n" + section(before_encoder),
     ]
     if not str(results["machine"].get("device", "")).startswith("NVIDIA"):
         sections.append("## On a GPU\n\n" + ON_A_GPU)

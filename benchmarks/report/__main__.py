@@ -20,6 +20,7 @@ from glimpseprune.baselines.catalogue import (
     label,
     own_pruning,
     read_ahead,
+    without_redundant_patches,
 )
 from glimpseprune.baselines.method import OwnPruning
 from glimpseprune.commands.evaluate import CAP, read_samples
@@ -48,6 +49,8 @@ def main() -> None:
     methods = compared_methods()
     if arguments.prune_layer is not None:
         methods += read_ahead(arguments.prune_layer)
+    if arguments.redundant_patches is not None:
+        methods += without_redundant_patches(arguments.redundant_patches, (CAP,))
     path = folder / "records.jsonl"
     shape = (arguments.batch_size, arguments.max_new_tokens, METRICS[arguments.metric])
     model, processor = load_model(arguments.model)
@@ -87,6 +90,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--early", help="a repository whose glimpse was trained to be read ahead")
     parser.add_argument(
         "--prune-layer", type=int, help="read the model's own glimpse ahead from this layer, too"
+    )
+    parser.add_argument(
+        "--redundant-patches",
+        type=float,
+        metavar="GREY_LEVELS",
+        help="also without patches that their neighbours predict within so many grey levels",
     )
     parser.add_argument(
         "--data", type=Path, help="questions in a form of Visual-CoT (default: the tiny world)"

@@ -1,7 +1,7 @@
 """Counted operations of a prefill by any method, with the formulas of `glimpseprune.prefill_cost`.
 
 Decoder layers are counted over the tokens each of them works on, and scoring is added. The vision
-encoder is not counted: methods share it, but for the resized image, which is spared most of it.
+encoder is counted apart, over the tokens it works on: most methods share it.
 """
 
 from transformers import PretrainedConfig
@@ -29,7 +29,8 @@ class PrefillCosts:
         layers = record.by_layer
         if isinstance(method, OwnPruning):
             layer = self.prune_layer if method.prune_layer is None else method.prune_layer
-            return self.law.pruned(layer, record.prompt, record.visual, layers[-1])
+            tokens = (record.prompt, record.visual, layers[-1], record.encoded)
+            return self.law.pruned(layer, *tokens)
         tokens = [record.prompt + visual for visual in layers]
         after_attention = list(tokens)
         if method.drops_inside_glimpse_layer:
@@ -40,3 +41,7 @@ class PrefillCosts:
         )
         prompt = record.prompt + record.visual
         return decoder + method.scoring_flops(self.sizes, record.visual, prompt)
+
+    def encoder_flops(self, record: Record) -> int | None:
+        """Of the vision encoder for this answer; None where it is not known."""
+        return self.law.encoder and self.law.encoder.cost(record.encoded)

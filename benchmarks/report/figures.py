@@ -24,6 +24,7 @@ class Line:
         over_layers: share that a layer works on, averaged over layers.
         tokens_a_layer: visual tokens that a layer works on, averaged over layers.
         flops: counted operations of the prefill, as a share of that with all tokens.
+        with_encoder: the same with the vision encoder; None where its operations are not known.
         seeds: draws averaged over.
         scores: of each question, averaged over seeds, in the order of the questions.
     """
@@ -36,6 +37,7 @@ class Line:
     over_layers: float
     tokens_a_layer: float
     flops: float
+    with_encoder: float | None
     seeds: int
     scores: tuple[float, ...]
 
@@ -75,6 +77,7 @@ class Figures:
         self.stock = self.by_method[label(Method())][0][1]
         self.bootstrap = Bootstrap([record.page for record in self.stock])
         self.stock_flops = self._flops(Method(), self.stock)
+        self.stock_encoder = self._encoder_flops(self.stock)
         self.lines = {name: self._line(runs) for name, runs in self.by_method.items()}
 
     def records_of(self, name: str) -> list[Record]:
@@ -102,6 +105,7 @@ class Figures:
             float(np.mean([s / r.visual for s, r in zip(shares, records, strict=True)])),
             float(np.mean(shares)),
             float(flops / self.stock_flops),
+            self._with_encoder(flops, records),
             len(runs),
             tuple(scores.tolist()),
         )
@@ -109,3 +113,13 @@ class Figures:
     def _flops(self, method: Method, records: Sequence[Record]) -> float:
         costs = self.of_others.get(method.name, self.costs)
         return float(np.mean([costs.flops(method, record) for record in records]))
+
+    def _encoder_flops(self, records: Sequence[Record]) -> float | None:
+        counted = [self.costs.encoder_flops(record) for record in records]
+        return None if None in counted else float(np.mean(counted))
+
+    def _with_encoder(self, flops: float, records: Sequence[Record]) -> float | None:
+        encoder = self._encoder_flops(records)
+        if encoder is None:
+            return None
+        return float((flops + encoder) / (self.stock_flops + self.stock_encoder))

@@ -40,7 +40,11 @@ def draw_gallery(
         visual = model.glimpse(**inputs).visuals[-1]
         box = tuple(map(round, processor.visible_box(*sample.image.size)))
         picture = draw_glimpse(
-            sample.image.crop(box), visual.keep_mask, visual.importance, visual.grid[1:]
+            sample.image.crop(box),
+            visual.keep_mask,
+            visual.importance,
+            visual.grid[1:],
+            visual.encoded,
         )
         file = f"page_{record.number}.png"
         _small(picture).save(folder / file, optimize=True)

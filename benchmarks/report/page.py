@@ -20,7 +20,9 @@ How to read it
   **over layers** is the share that a decoder layer works on, averaged over layers: a method that
   prunes at layer K has worked on every token up to there.
 - **Prefill** is the counted operations of decoder and scoring as a share of those with all tokens
-  (`benchmarks/report/costs.py`), not a measured time. The vision encoder is not counted.
+  (`benchmarks/report/costs.py`), not a measured time; **with encoder** the same with the vision
+  encoder's, which all methods share but for text only, the resized image and *redundant patches
+  left out* (those that neighbours predict within so many grey levels; see `docs/use.md`).
 - Brackets are {LEVEL:.0%} bootstrap intervals ({RESAMPLES:,} resamples of pages, since questions
   about one page are not independent). **Gain** is the difference from all tokens, question by
   question.
@@ -76,7 +78,8 @@ def _lines(figures: Figures, ratio: float | None) -> str:
     lines = [line for line in figures.lines.values() if line.ratio == ratio]
     if ratio is not None:
         lines.sort(key=lambda line: -line.accuracy.mean)
-    head = ["method", "accuracy", "gain", "kept", "over layers", "tokens a layer", "prefill"]
+    head = ["method", "accuracy", "gain", "kept", "over layers", "tokens a layer"]
+    head += ["prefill", "with encoder"]
     return _table(head, [_cells(line) for line in lines])
 
 
@@ -89,6 +92,7 @@ def _cells(line: Line) -> list[str]:
         f"{line.over_layers:.1%}",
         f"{line.tokens_a_layer:.1f}",
         f"{line.flops:.1%}",
+        "–" if line.with_encoder is None else f"{line.with_encoder:.1%}",
     ]
 
 

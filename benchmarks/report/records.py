@@ -23,6 +23,7 @@ class Record:
         visual: visual tokens of the image as given.
         prompt: text tokens of the prompt.
         by_layer: visual tokens that each decoder layer worked on.
+        encoded: visual tokens that the vision encoder worked on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Record:
     visual: int
     prompt: int
     by_layer: tuple[int, ...]
+    encoded: int
 
     @property
     def setting(self) -> tuple[str, float | None, int]:
@@ -59,6 +61,7 @@ class Record:
             answer.visual,
             answer.prompt,
             answer.by_layer,
+            answer.encoded,
         )
 
 

@@ -51,6 +51,16 @@ def read_ahead(prune_layer: int, ratios: tuple[float, ...] = RATIOS) -> list[Met
     return [OwnPruning(name, ratio, **settings) for ratio in ratios]
 
 
+def without_redundant_patches(tolerance: float, ratios: tuple[float, ...] = ()) -> list[Method]:
+    """The model's own pruning over what redundant patches leave, without a bound and within some.
+
+    Args:
+        tolerance: in grey levels.
+    """
+    name = f"GlimpsePrune, redundant patches left out ({tolerance:g})"
+    return [OwnPruning(name, ratio, redundant_patches=tolerance) for ratio in (None, *ratios)]
+
+
 def own_pruning(name: str, ratios: tuple[float, ...]) -> list[Method]:
     """A model's own pruning, as it is configured and within every ratio."""
     return [OwnPruning(name), *(OwnPruning(f"{name}, capped", ratio) for ratio in ratios)]

@@ -68,13 +68,26 @@ class Application:
         if self.masks is not None:
             masks = torch.stack([mask.cpu() for mask in self.masks.keep], dim=1).long()
             return torch.stack([row.sum(0) for row in masks.split(visual_counts)])
-        counts = torch.tensor(visual_counts)[:, None].repeat(1, sizes.layers)
+        counts = torch.tensor(encoded_counts(cache, visual_counts))[:, None].repeat(1, sizes.layers)
         if hasattr(cache, "glimpse"):
             full = cache.glimpse.prune_layer
             full = full if self.last_full_layer is None else self.last_full_layer
             kept = cache.glimpse.keep_mask.cpu().split(visual_counts)
             counts[:, full + 1 :] = torch.stack([row.sum() for row in kept])[:, None]
         return counts
+
+
+def encoded_counts(cache: Cache | None, visual_counts: list[int]) -> list[int]:
+    """Visual tokens of each prompt that the vision encoder saw.
+
+    Args:
+        cache: what `generate` returned.
+        visual_counts: visual tokens of each prompt.
+    """
+    encoded = cache.glimpse.encoded if hasattr(cache, "glimpse") else None
+    if encoded is None:
+        return visual_counts
+    return [int(of_row.sum()) for of_row in encoded.cpu().split(visual_counts)]
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,10 @@ class Method:
         """P of a look that it can be asked over, or None where it needs whole prompts."""
         return config.glimpse_layer if config.prune_layer is None else config.prune_layer
 
+    def encode_tolerance(self, config: PretrainedConfig) -> float | None:
+        """`redundant_patches` of what it answers from; None where everything is encoded."""
+        return None
+
     @property
     def drops_inside_glimpse_layer(self) -> bool:
         """Whether tokens go between the glimpse layer's attention and its MLP."""
@@ -148,6 +165,7 @@ class OwnPruning(Method):
     prune_threshold: float | None = None
     min_keep_tokens: int | None = None
     prune_layer: int | None = None
+    redundant_patches: float | bool | None = None
 
     @contextmanager
     def applied(self, model, processor, batch) -> Iterator[Application]:
@@ -161,6 +179,11 @@ class OwnPruning(Method):
 
     def look_layer(self, config: PretrainedConfig) -> int | None:
         return super().look_layer(config) if self.prune_layer is None else self.prune_layer
+
+    def encode_tolerance(self, config: PretrainedConfig) -> float | None:
+        asked = self.redundant_patches
+        asked = config.redundant_patches if asked is None else asked
+        return None if asked is False else asked
 
     @property
     def drops_inside_glimpse_layer(self) -> bool:

@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prune-threshold", type=float)
     parser.add_argument("--max-keep-ratio", type=float)
     parser.add_argument("--min-keep-tokens", type=int)
+    parser.add_argument(
+        "--redundant-patches",
+        type=float,
+        metavar="GREY_LEVELS",
+        help="leave out patches that their neighbours predict within so many grey levels",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("glimpse.png"), help="picture to write")
 
@@ -28,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     image = open_image(arguments.image or SAMPLE_PAGE)
     model, processor = load_model(arguments.model)
     inputs = prepare(processor, [image], [arguments.question]).to(model.device)
-    names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens")
+    names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens", "redundant_patches")
     settings = {name: getattr(arguments, name) for name in names}
     generated = model.generate(
         **inputs,
@@ -46,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     record = cache_of(generated).glimpse
     print(f"visual tokens: kept {record.kept} of {record.total} ({record.retention:.1%})")
+    if record.encoded is not None:
+        print(f"encoded: {int(record.encoded.sum())} (blue in the picture: left out)")
     box = processor.visible_box(image.width, image.height)
     if box != (0, 0, image.width, image.height):
         image = image.crop(tuple(map(round, box)))
@@ -64,7 +72,7 @@ def draw(image, visuals: list, output: Path) -> None:
 
     output.parent.mkdir(parents=True, exist_ok=True)
     views = [
-        draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:])
+        draw_glimpse(image, visual.keep_mask, visual.importance, visual.grid[1:], visual.encoded)
         for visual in visuals
         if visual.total
     ]

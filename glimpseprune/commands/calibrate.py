@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-ROW = "{:>3} {:>22} {:>9} {:>10} {:>10} {:>10} {:>9} {:>7}"
+ROW = "{:>3} {:>22} {:>9} {:>10} {:>10} {:>10} {:>9} {:>7} {:>13}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         help="accuracy (agreement without reference answers) that the late glimpse may lose",
     )
+    parser.add_argument(
+        "--redundant-patches",
+        type=float,
+        metavar="GREY_LEVELS",
+        help="leave out patches that their neighbours predict within so many grey levels of 0 to "
+        "255 (default: as configured)",
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--output", type=Path, help="JSON file; a curve is drawn beside it")
     parser.add_argument(
         "--write",
         action="store_true",
-        help="put the chosen prune layer and threshold into the configuration of --model",
+        help="put the chosen prune layer and threshold, and --redundant-patches where it is given, "
+        "into the configuration of --model",
     )
 
 
@@ -55,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.retention,
         arguments.batch_size,
         arguments.max_new_tokens,
+        arguments.redundant_patches,
     )
     _print(calibration)
     chosen = calibration.choose(arguments.tolerance)
@@ -62,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         _save(calibration, chosen, arguments)
     if arguments.write:
-        _write(config_file, chosen)
+        _write(config_file, chosen, arguments.redundant_patches)
         print(f"written: {config_file}")
     return 0
 
@@ -88,11 +97,13 @@ def _print(calibration) -> None:
         f"{calibration.questions} questions, all tokens: accuracy "
         f"{_figure(calibration.base_accuracy)}"
     )
-    print(
-        ROW.format(
-            "P", recall, "evidence", "threshold", "retention", "agreement", "accuracy", "cost"
+    if calibration.redundant_patches is not None:
+        print(
+            f"redundant_patches {calibration.redundant_patches:g}: {calibration.encoded:.1%} of "
+            "the tokens encoded; shares below are of all tokens"
         )
-    )
+    head = ("evidence", "threshold", "retention", "agreement", "accuracy", "cost", "with encoder")
+    print(ROW.format("P", recall, *head))
     for each in calibration.layers:
         print(
             ROW.format(
@@ -104,6 +115,7 @@ def _print(calibration) -> None:
                 _figure(each.agreement),
                 _figure(each.accuracy),
                 _figure(each.cost),
+                _figure(each.cost_with_encoder),
             )
         )
 
@@ -164,9 +176,11 @@ def _draw(calibration, path: Path) -> bool:
     return True
 
 
-def _write(config_file: Path, chosen) -> None:
+def _write(config_file: Path, chosen, redundant_patches: float | None) -> None:
     import json
 
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config |= {"prune_layer": chosen.prune_layer, "prune_threshold": chosen.threshold}
+    if redundant_patches is not None:
+        config["redundant_patches"] = redundant_patches
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from ..families import Family, family_of
 from ..loading import errors_only
 from ..tokenizer_files import read_as_filed
 
+CALL_FIELDS = ("prune_layer", "redundant_patches")  # may change where training goes on
 RANKS = ("glimpse_lora_rank", "stale_rank")  # may become positive where they are 0
 
 
@@ -32,8 +33,8 @@ def load_for_training(
     Args:
         source: folder or Hub id of a stock model of a known family, or a GlimpsePrune repository.
         glimpse_fields: the configuration's glimpse fields; of those of a repository only
-            `prune_layer` can change, and the ranks of low-rank additions that it does not have,
-            which start at zero.
+            `prune_layer` and `redundant_patches` can change, and the ranks of low-rank additions
+            that it does not have, which start at zero.
         bf16: whether training computes in bfloat16.
         attn_implementation: as `from_pretrained` takes it.
 
@@ -104,7 +105,7 @@ def _config(
     if not stock:
         config = family.config_class.from_pretrained(source)
         for name, value in glimpse_fields.items():
-            free = name == "prune_layer" or (name in RANKS and getattr(config, name) == 0)
+            free = name in CALL_FIELDS or (name in RANKS and getattr(config, name) == 0)
             if not free and value != getattr(config, name):
                 raise ValueError(
                     f"glimpse: {name} is {getattr(config, name)} in {source}, which is trained on, "
@@ -124,7 +125,7 @@ def _change_fields(model: PreTrainedModel, glimpse_fields: Mapping[str, object])
         ValueError: for a field that cannot be.
     """
     config, glimpse = model.config, model.model.glimpse
-    for name in ("prune_layer", *RANKS):
+    for name in (*CALL_FIELDS, *RANKS):
         if name in glimpse_fields:
             setattr(config, name, glimpse_fields[name])
     config.validate_glimpse_fields()

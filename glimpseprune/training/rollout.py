@@ -128,7 +128,7 @@ def share_prompts(model: PreTrainedModel, batch: dict) -> SharedPrompts:
     inputs |= {name: batch[name] for name in ROW_INPUTS if name in batch}
     return SharedPrompts(
         {name: values.to(device) for name, values in inputs.items()},
-        model.model.encode_visual("image", **visuals),
+        model.model.encode_telling("image", **visuals),
         batch["image_index"].tolist(),
     )
 

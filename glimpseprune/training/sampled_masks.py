@@ -93,7 +93,8 @@ def draw_masks(
         config.max_keep_ratio,
         config.min_keep_tokens,
     )
-    return keep | corner_tokens(_of_copies(record.geometry, sizes, copies), config.anchor_corners)
+    keep |= corner_tokens(_of_copies(record.geometry, sizes, copies), config.anchor_corners)
+    return keep & (importance > -math.inf)  # what was not encoded cannot be kept
 
 
 def mask_log_probs(
@@ -105,7 +106,8 @@ def mask_log_probs(
 ) -> torch.Tensor:
     """Log-probability of each mask, averaged over its visual tokens.
 
-    Bounds on how many tokens are kept are left out of account, and tokens that are always kept.
+    Bounds on how many tokens are kept are left out of account, and tokens that are always kept, or
+    were not encoded.
 
     Args:
         record, config, sizes, copies: as for `draw_masks`.
@@ -117,6 +119,8 @@ def mask_log_probs(
     threshold = config.prune_threshold
     logits = record.importance.float() - math.log(threshold / (1 - threshold))
     free = ~corner_tokens(record.geometry, config.anchor_corners)
+    if record.encoded is not None:
+        free, logits = free & record.encoded, logits.masked_fill(~record.encoded, 0.0)
     logits, free = _of_copies(logits, sizes, copies), _of_copies(free, sizes, copies)
     taken = torch.cat(list(masks)).to(logits)
     log_probs = -F.binary_cross_entropy_with_logits(logits, taken, reduction="none") * free

@@ -8,6 +8,8 @@ caller's.
 import torch
 from torch.nn import functional as F
 
+from modeling_glimpseprune.glimpse_record import GlimpseRecord
+
 DICE_SMOOTHING = 1.0
 
 
@@ -50,6 +52,25 @@ def bce_loss(
         _sum_by_row(losses, rows, num_rows),
         _sum_by_row(torch.ones_like(losses), rows, num_rows),
     )
+
+
+def located_losses(
+    record: GlimpseRecord, target: torch.Tensor, num_rows: int
+) -> dict[str, torch.Tensor]:
+    """`dice_loss` and `bce_loss` over what was encoded; patches that were not have no importance.
+
+    Args:
+        record: of the batch.
+        target: `(N,)` evidence, or probabilities to learn from.
+        num_rows: rows in the batch.
+    """
+    located = (record.importance, target, record.rows)
+    if record.encoded is not None:
+        located = tuple(each[record.encoded] for each in located)
+    return {
+        "dice_loss": dice_loss(*located, num_rows),
+        "bce_loss": bce_loss(*located, num_rows),
+    }
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

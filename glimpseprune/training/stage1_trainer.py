@@ -13,6 +13,7 @@ Objectives, alone or together, by the weights of `Stage1Config`:
 import logging
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,13 +36,13 @@ from .soft_mask import annealed, log_keep_probability, logistic_noise
 from .stage1_config import Stage1Config
 from .stage1_losses import (
     answer_loss,
-    bce_loss,
-    dice_loss,
     distillation_loss,
+    located_losses,
     mask_figures,
     retention_loss,
 )
 
+TAUGHT = ("late_loss", "distillation_loss")  # whose teachers see every patch
 OF_EVIDENCE = ("precision", "recall", "iou")  # figures of questions that have any
 
 logger = logging.getLogger(__name__)
@@ -129,17 +130,19 @@ class Stage1Trainer(Trainer):
         if not wanted.isdisjoint(("answer_loss", "distillation_loss")):
             inputs = self._with_own_answers(inputs, prefix)
         labels = inputs["labels"][:, inputs["prompt_length"] :]
-        inputs = self._without_pixels(inputs, prefix)
-        record, outputs = self._glimpse(model, inputs, answers_in_place)
-        located = (record.importance, evidence, record.rows, len(labels))
-        parts = {"dice_loss": dice_loss(*located), "bce_loss": bce_loss(*located)}
+        given = self._without_pixels(inputs, prefix)
+        record, outputs = self._glimpse(model, given, answers_in_place)
+        parts = located_losses(record, evidence, len(labels))
         if answers_in_place:
             answer = answer_loss(outputs.logits[:, :-1], labels)
             parts["answer_loss"] = answer.expand(len(labels))
+        whole = given
+        if record.encoded is not None and not wanted.isdisjoint(TAUGHT):
+            whole, pages = self._seen_whole(inputs, pages)
         if "late_loss" in wanted:
-            parts["late_loss"] = self._late_loss(inputs, record, len(labels), pages)
+            parts["late_loss"] = self._late_loss(whole, record, len(labels), pages)
         if "distillation_loss" in wanted:
-            parts |= self._distil(model.training, inputs, labels, record)
+            parts |= self._distil(model.training, given, whole, labels, record)
         return {name: parts[name] for name in wanted}, record, outputs
 
     def _glimpse(
@@ -169,21 +172,29 @@ class Stage1Trainer(Trainer):
                 cache = self._look(pages, with_backbone(model, self.late))
             outputs = self.late(**(given | given_cache(cache)), only_glimpse=True, use_cache=True)
         late = cache_of(outputs).glimpse
-        located = (record.importance, late.importance.sigmoid(), record.rows, num_rows)
-        return dice_loss(*located) + bce_loss(*located)
+        losses = located_losses(record, late.importance.sigmoid(), num_rows)
+        return losses["dice_loss"] + losses["bce_loss"]
 
     def _distil(
-        self, training: bool, inputs: dict, labels: torch.Tensor, record: GlimpseRecord
+        self,
+        training: bool,
+        inputs: dict,
+        whole: dict,
+        labels: torch.Tensor,
+        record: GlimpseRecord,
     ) -> dict[str, torch.Tensor]:
         """Both parts of distillation, `(rows,)` each.
 
         The base answers with all tokens and with a mask: soft in training, the model's own choice
         otherwise. Neither run has trainable weights, so DDP need not see them.
+
+        Args:
+            whole: `inputs` whose images were encoded without leaving anything out.
         """
         model = self.accelerator.unwrap_model(self.model)
         settings = {"use_cache": CACHE_NAME in inputs, "logits_to_keep": labels.shape[1] + 1}
         with torch.no_grad():
-            teacher = model(**inputs, prune=False, **settings).logits[:, :-1]
+            teacher = model(**whole, prune=False, **settings).logits[:, :-1]
         mask = {"visual_keep_mask": record.keep_mask}
         if training:
             mask = {"visual_log_keep": self._soft_mask(record)}
@@ -260,25 +271,40 @@ class Stage1Trainer(Trainer):
             self._figures["train"].clear()
         super().log(logs, start_time)
 
-    def _encode_images(self, inputs: dict) -> VisualFeatures:
-        """Encode each image once and hand its features to every row that shows it."""
-        return self._encode(inputs.pop("visuals")).select(inputs.pop("image_index").tolist())
+    def _encode(
+        self, visuals: dict[str, torch.Tensor], redundant_patches: bool | None = None
+    ) -> VisualFeatures:
+        """Encode each image once.
 
-    def _encode(self, visuals: dict[str, torch.Tensor]) -> VisualFeatures:
+        Args:
+            redundant_patches: None leaves out what the configuration says, False nothing.
+        """
         backbone = self.accelerator.unwrap_model(self.model).model
         with torch.no_grad(), self.accelerator.autocast():
-            return backbone.encode_visual("image", **visuals)
+            return backbone.encode_telling("image", redundant_patches, **visuals)
 
     def _look(self, pages: Pages, model: nn.Module, in_place: bool = False) -> GlimpsePrefix:
         with self.accelerator.autocast():
             return pages.look(self.accelerator.unwrap_model(model), in_place)
 
-    def _without_pixels(self, inputs: dict, prefix: GlimpsePrefix | None) -> dict:
+    def _without_pixels(
+        self, inputs: dict, prefix: GlimpsePrefix | None, redundant_patches: bool | None = None
+    ) -> dict:
         """What the model takes of a batch: its tokens over a look, or with its images encoded."""
         if prefix is not None:
             return behind_pages(inputs, prefix)
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        return inputs | {"mm_encoder_outputs": {"image": self._encode_images(inputs)}}
+        others = ("labels", "visuals", "image_index")
+        features = self._encode(inputs["visuals"], redundant_patches)
+        encoded = {"image": features.select(inputs["image_index"].tolist())}
+        inputs = {name: value for name, value in inputs.items() if name not in others}
+        return inputs | {"mm_encoder_outputs": encoded}
+
+    def _seen_whole(self, inputs: dict, pages: Pages | None) -> tuple[dict, Pages | None]:
+        """A batch as the model takes it, and its pages, with nothing left out of its images."""
+        if pages is None:
+            return self._without_pixels(inputs, None, redundant_patches=False), None
+        pages = replace(pages, features=self._encode(inputs["visuals"], redundant_patches=False))
+        return behind_pages(inputs, self._look(pages, self.model)), pages
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -24,9 +24,10 @@ from .measured import disk_bytes, run_measured
 from .steps import Step, steps
 
 TOKEN = "hf_rehearsal"
+BAR = "%|"  # in lines of progress
 LINES = 3  # of a command's output that are kept
 TAIL = 3000  # characters of a failed command's output
-SETTINGS = ("geometry", "grid", "steps", "batch_size", "new_tokens", "questions", "prune_layers")
+SETTINGS = ("geometry", "steps", "batch_size", "new_tokens", "questions", "prune_layers")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +39,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--grid", type=int, nargs=2, default=(18, 15), help="photos in tokens, rows and columns"
+        "--grid", type=int, nargs=2, default=(18, 15), help="photo to ask about, in tokens"
+    )
+    parser.add_argument(
+        "--question-grid",
+        type=int,
+        nargs=2,
+        default=(8, 7),
+        help="photos to calibrate and train on, in tokens",
     )
     parser.add_argument("--steps", type=int, default=2, help="of each training")
     parser.add_argument("--batch-size", type=int, default=1, help="of stage 1; the recipes' is 8")
@@ -55,15 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments.work = arguments.work.absolute()
     arguments.work.mkdir(parents=True, exist_ok=True)
     report, wanted = _report(arguments), steps(arguments)
-    if wanted[-1].name not in report["steps"]:
-        for step in wanted:  # the Hub forgets with this process
-            if step.with_hub:
-                report["steps"].pop(step.name, None)
-    with _hub(arguments.work) as of_hub:
+    of_hub = [step.name for step in wanted if step.with_hub]
+    if not report["steps"].keys() >= set(of_hub):  # the Hub forgets with this process
+        for name in of_hub:
+            report["steps"].pop(name, None)
+    with _hub(arguments.work) as hub:
         for step in wanted:
             if step.name in report["steps"]:
                 continue
-            if not take(step, arguments, of_hub, report):
+            if not take(step, arguments, hub, report):
                 return 1
             write_json(arguments.work / "rehearsal.json", report)
     if arguments.output:
@@ -72,9 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def take(
-    step: Step, arguments: argparse.Namespace, of_hub: Mapping[str, str], report: dict
-) -> bool:
+def take(step: Step, arguments: argparse.Namespace, hub: Mapping[str, str], report: dict) -> bool:
     """Run one step and put its figures into the report; returns whether it went well."""
     for folder in step.writes:
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
@@ -82,7 +88,7 @@ def take(
     head = [] if step.python else ["-m", "glimpseprune.cli"]
     taken = run_measured(
         [sys.executable, *head, *step.arguments],
-        _environment(arguments) | (of_hub if step.with_hub else {}),
+        _environment(arguments) | (hub if step.with_hub else {}),
         arguments.work,
         arguments.work / "step.log",
     )
@@ -96,7 +102,7 @@ def take(
         "peak_bytes": taken.peak_bytes,
         "peak_own_bytes": taken.peak_own_bytes,
         "disk_bytes": disk_bytes([arguments.work]) - before,
-        "said": taken.output.strip().splitlines()[-LINES:],
+        "said": [line for line in taken.output.splitlines() if BAR not in line][-LINES:],
     }
     report["steps"][step.name] = figures
     show(step.name, figures)
@@ -122,7 +128,8 @@ def _report(arguments: argparse.Namespace) -> dict:
         ValueError: when the folder holds one of other settings.
     """
     settings = {name: getattr(arguments, name) for name in SETTINGS}
-    settings |= {"grid": list(arguments.grid), "device": arguments.device}
+    settings |= {name: list(getattr(arguments, name)) for name in ("grid", "question_grid")}
+    settings |= {"device": arguments.device}
     settings |= {"machine": platform.machine(), "threads": os.environ.get("OMP_NUM_THREADS")}
     settings |= {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
     path = arguments.work / "rehearsal.json"

@@ -10,7 +10,7 @@ written tensor by tensor.
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,19 +100,28 @@ def write_official(folder: Path, geometry: Geometry, base: dict) -> None:
     torch.save(_official_modules(fields, base), folder / "new_modules_gp.pt")
 
 
-def write_photos(folder: Path, rows: int, columns: int) -> Path:
-    """Two photos of `rows` x `columns` tokens, and questions with boxes; returns the questions."""
+def write_photos(folder: Path, grid: Sequence[int], question_grid: Sequence[int]) -> None:
+    """A photo to ask about, and two small ones with questions and boxes.
+
+    Args:
+        folder: to create.
+        grid: rows and columns of the first in tokens.
+        question_grid: of the others.
+    """
     from matplotlib import cbook
     from PIL import Image, ImageOps
 
     folder.mkdir(parents=True)
-    width, height = columns * TOKEN_PIXELS, rows * TOKEN_PIXELS
     with cbook.get_sample_data("grace_hopper.jpg") as file:
-        photo = Image.open(file).convert("RGB").resize((width, height))
-    photo.save(folder / "photo.jpg", quality=95)
-    ImageOps.mirror(photo).save(folder / "mirrored.jpg", quality=95)
+        photo = Image.open(file).convert("RGB")
+    rows, columns = grid
+    photo.resize((columns * TOKEN_PIXELS, rows * TOKEN_PIXELS)).save(folder / "photo.jpg")
+    height, width = (length * TOKEN_PIXELS for length in question_grid)
+    photo = photo.resize((width, height))
+    photo.save(folder / "small.jpg")
+    ImageOps.mirror(photo).save(folder / "mirrored.jpg")
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as lines:
-        for name, mirrored in (("photo.jpg", False), ("mirrored.jpg", True)):
+        for name, mirrored in (("small.jpg", False), ("mirrored.jpg", True)):
             for question, (left, top, right, bottom) in zip(QUESTIONS, BOXES, strict=True):
                 if mirrored:
                     left, right = 1 - right, 1 - left
@@ -120,7 +129,6 @@ def write_photos(folder: Path, rows: int, columns: int) -> Path:
                 row = {"question": question, "answer": "a uniform", "image": name, "bboxs": [box]}
                 row |= {"dataset": "photos", "width": width, "height": height}
                 lines.write(json.dumps(row) + "\n")
-    return folder / "questions.jsonl"
 
 
 def published_tensors(config: dict) -> dict[str, torch.Size]:
@@ -256,13 +264,14 @@ def main(argv: list[str] | None = None) -> int:
     """Write everything; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--geometry", choices=GEOMETRIES, required=True)
-    parser.add_argument("--grid", type=int, nargs=2, default=(18, 15), help="of a photo, in tokens")
+    parser.add_argument("--grid", type=int, nargs=2, required=True, help="of the photo, in tokens")
+    parser.add_argument("--question-grid", type=int, nargs=2, required=True, help="of small ones")
     parser.add_argument("--output", type=Path, required=True, help="folder; what is there stays")
     arguments = parser.parse_args(argv)
     geometry = GEOMETRIES[arguments.geometry]
     config = write_base(arguments.output / "base", geometry)
     write_official(arguments.output / "official", geometry, config)
-    write_photos(arguments.output / "photos", *arguments.grid)
+    write_photos(arguments.output / "photos", arguments.grid, arguments.question_grid)
     print(f"wrote {geometry.published} to {arguments.output}")
     return 0
 

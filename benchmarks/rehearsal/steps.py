@@ -52,12 +52,15 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
     adapter, merged, again, plus = (work / n for n in ("adapter", "merged", "again", "plus"))
     questions = photos / "questions.jsonl"
     photo = ["--image", photos / "photo.jpg", "--question", "What does the woman wear?"]
+    photo += ["--max-keep-ratio", "0.25"]  # random weights may want to keep all
     tokens = ["--max-new-tokens", arguments.new_tokens]
     held = ["--dtype", "bfloat16"]
     material = ["-m", "benchmarks.rehearsal.material", "--geometry", arguments.geometry]
-    size = ["--grid", *arguments.grid, "--output", work]
+    size = ["--grid", *arguments.grid, "--question-grid", *arguments.question_grid]
     found = [
-        Step("material", [*material, *size], (base, official, photos), python=True),
+        Step(
+            "material", [*material, *size, "--output", work], (base, official, photos), python=True
+        ),
         Step(
             "convert-official",
             ["convert-official", "--base", base, "--glimpse", official, "--output", late],
@@ -76,15 +79,6 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
             ],
         ),
         _stage1("stage 1", f"stage1_{recipe}", base, stage1, arguments, drops=(stage1,)),
-        _stage1(
-            "stage 1, early",
-            f"stage1_{recipe}_early",
-            base,
-            early,
-            arguments,
-            ["--set", f"late_glimpse={late}"],
-            drops=(early, late),
-        ),
         Step(
             "stage 2",
             [
@@ -99,7 +93,7 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
             ],
             (adapter,),
         ),
-        Step("merge", ["merge", "--adapter", adapter, "--output", merged], (merged,), (base,)),
+        Step("merge", ["merge", "--adapter", adapter, "--output", merged], (merged,)),
         _stage1("stage 1 again", f"stage1_{recipe}", merged, again, arguments),
         Step(
             "convert-stage2",
@@ -109,6 +103,15 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
         ),
         Step("push", ["push", "--folder", plus, "--push-to-hub", HUB_NAME], with_hub=True),
         Step("inspect, of the Hub", ["inspect", HUB_NAME], with_hub=True),
+        _stage1(
+            "stage 1, early",
+            f"stage1_{recipe}_early",
+            base,
+            early,
+            arguments,
+            ["--set", f"late_glimpse={late}"],
+            drops=(early, late, base),
+        ),
     ]
     return [_as_text(step) for step in found]
 

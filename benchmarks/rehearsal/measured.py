@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 KIBIBYTE = 1024
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -22,7 +23,7 @@ class Measured:
         seconds: by the clock on the wall.
         processor_seconds: of all its processes.
         peak_bytes: the largest resident memory of its processes together, as far as looking every
-            tenth of a second shows it, and at least that of its largest process.
+            tenth of a second shows it, and at least the highest of any of them.
         peak_own_bytes: the same of anonymous memory alone, without the pages of mapped files, which
             the system may take away and read again.
     """
@@ -66,7 +67,7 @@ def run_measured(
         log.read_text(encoding="utf-8", errors="replace"),
         monotonic() - started,
         usage.ru_utime + usage.ru_stime,
-        max(watch.peak, usage.ru_maxrss * KIBIBYTE),
+        watch.peak,
         watch.own_peak,
     )
 
@@ -94,8 +95,9 @@ class MemoryWatch:
     def _look(self) -> None:
         while not self._end.wait(SECONDS_BETWEEN_LOOKS):
             held = [resident_bytes(each) for each in descendants(self.process)]
-            self.peak = max(self.peak, sum(whole for whole, _ in held))
-            self.own_peak = max(self.own_peak, sum(own for _, own in held))
+            together = sum(each.whole for each in held)
+            self.peak = max(self.peak, together, *(each.highest for each in held), 0)
+            self.own_peak = max(self.own_peak, sum(each.own for each in held))
 
 
 def descendants(process: int) -> list[int]:
@@ -107,12 +109,24 @@ def descendants(process: int) -> list[int]:
     return found
 
 
-def resident_bytes(process: int) -> tuple[int, int]:
-    """Resident memory of a process, and how much of it is anonymous; zeros when it has ended."""
+class Resident(NamedTuple):
+    """Resident memory of a process in bytes: all, its highest value so far, and anonymous."""
+
+    whole: int
+    highest: int
+    own: int
+
+
+def resident_bytes(process: int) -> Resident:
+    """What a process holds; zeros when it has ended.
+
+    The kernel's accounts of processes that have ended (`ru_maxrss`) are of no use here: they count
+    what the process that started them held.
+    """
     lines = (line.partition(":") for line in _read(Path(f"/proc/{process}/status")).splitlines())
     fields = {name: value.split() for name, _, value in lines}
-    whole, own = (int(fields.get(name, ["0"])[0]) for name in ("VmRSS", "RssAnon"))
-    return whole * KIBIBYTE, own * KIBIBYTE
+    names = ("VmRSS", "VmHWM", "RssAnon")
+    return Resident(*(KIBIBYTE * int(fields.get(name, ["0"])[0]) for name in names))
 
 
 def disk_bytes(folders: Iterable[Path]) -> int:

@@ -21,13 +21,21 @@ from glimpseprune.portable import read_json, write_json
 
 from .material import GEOMETRIES
 from .measured import disk_bytes, run_measured
-from .steps import Step, steps
+from .steps import INSPECT_HUB, PUSH, Step, steps
 
 TOKEN = "hf_rehearsal"
 BAR = "%|"  # in lines of progress
 LINES = 3  # of a command's output that are kept
 TAIL = 3000  # characters of a failed command's output
-SETTINGS = ("geometry", "steps", "batch_size", "new_tokens", "questions", "prune_layers")
+SETTINGS = (
+    "geometry",
+    "steps",
+    "stage2_steps",
+    "batch_size",
+    "new_tokens",
+    "questions",
+    "prune_layers",
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +56,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=(8, 7),
         help="photos to calibrate and train on, in tokens",
     )
-    parser.add_argument("--steps", type=int, default=2, help="of each training")
+    parser.add_argument("--steps", type=int, default=2, help="of each stage 1")
+    parser.add_argument("--stage2-steps", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1, help="of stage 1; the recipes' is 8")
     parser.add_argument("--new-tokens", type=int, default=8, help="length of answers")
     parser.add_argument("--questions", type=int, default=3, help="to calibrate on, at most 6")
@@ -63,10 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.work = arguments.work.absolute()
     arguments.work.mkdir(parents=True, exist_ok=True)
     report, wanted = _report(arguments), steps(arguments)
-    of_hub = [step.name for step in wanted if step.with_hub]
-    if not report["steps"].keys() >= set(of_hub):  # the Hub forgets with this process
-        for name in of_hub:
-            report["steps"].pop(name, None)
+    if INSPECT_HUB not in report["steps"]:
+        report["steps"].pop(PUSH, None)  # the Hub forgets with this process
     with _hub(arguments.work) as hub:
         for step in wanted:
             if step.name in report["steps"]:
@@ -74,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             if not take(step, arguments, hub, report):
                 return 1
             write_json(arguments.work / "rehearsal.json", report)
+    print("\n".join(table(report)))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, report)
@@ -119,6 +127,17 @@ def show(name: str, figures: dict) -> None:
         f" without mapped files  disk {figures['disk_bytes'] / 2**30:+6.2f} GiB",
         flush=True,
     )
+
+
+def table(report: dict) -> list[str]:
+    """Rows of a Markdown table of what each step took."""
+    head = ["step", "processor seconds", "peak memory", "of it own", "disk"]
+    rows = [head, ["---"] * len(head)]
+    for name, figures in report["steps"].items():
+        sizes = [figures[each] for each in ("peak_bytes", "peak_own_bytes", "disk_bytes")]
+        gibibytes = [f"{size / 2**30:.1f} GiB" for size in sizes]
+        rows.append([name, f"{figures['processor_seconds']:.0f}", *gibibytes])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _report(arguments: argparse.Namespace) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 from .material import GEOMETRIES
 
 HUB_NAME = "org/rehearsal"
+PUSH, INSPECT_HUB = "push", "inspect, of the Hub"
 LOAD = """
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -67,17 +68,10 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
             (late,),
         ),
         Step("inspect", ["inspect", late]),
+        Step(PUSH, ["push", "--folder", late, "--push-to-hub", HUB_NAME], with_hub=True),
+        Step(INSPECT_HUB, ["inspect", HUB_NAME], with_hub=True),
         Step("load", ["-c", LOAD, late], python=True),
         Step("ask", ["ask", "--model", late, *photo, *tokens, *held, "--output", work / "ask.png"]),
-        Step(
-            "calibrate",
-            [
-                *("calibrate", "--model", late, "--data", questions, "--batch-size", 1, *held),
-                *("--questions", arguments.questions, *tokens),
-                *("--prune-layers", *arguments.prune_layers),
-                *("--output", work / "calibration.json"),
-            ],
-        ),
         _stage1("stage 1", f"stage1_{recipe}", base, stage1, arguments, drops=(stage1,)),
         Step(
             "stage 2",
@@ -85,7 +79,7 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
                 *("train-stage2", "--recipe", f"stage2_{recipe}", "--base", base),
                 *("--data", questions, "--output", adapter),
                 *_set(
-                    max_steps=arguments.steps,
+                    max_steps=arguments.stage2_steps,
                     logging_steps=1,
                     max_completion_length=arguments.new_tokens,
                     gradient_accumulation_steps=1,
@@ -97,12 +91,23 @@ def steps(arguments: argparse.Namespace) -> list[Step]:
         _stage1("stage 1 again", f"stage1_{recipe}", merged, again, arguments),
         Step(
             "convert-stage2",
-            ["convert-stage2", "--merged", merged, "--stage1", again, "--output", plus],
+            [
+                *("convert-stage2", "--merged", merged, "--stage1", again, "--output", plus),
+                *("--push-to-hub", f"{HUB_NAME}-plus"),
+            ],
             (plus,),
-            (merged, again),
+            (merged, again, plus),
+            with_hub=True,
         ),
-        Step("push", ["push", "--folder", plus, "--push-to-hub", HUB_NAME], with_hub=True),
-        Step("inspect, of the Hub", ["inspect", HUB_NAME], with_hub=True),
+        Step(
+            "calibrate",
+            [
+                *("calibrate", "--model", late, "--data", questions, "--batch-size", 1, *held),
+                *("--questions", arguments.questions, *tokens),
+                *("--prune-layers", *arguments.prune_layers),
+                *("--output", work / "calibration.json"),
+            ],
+        ),
         _stage1(
             "stage 1, early",
             f"stage1_{recipe}_early",

@@ -208,6 +208,7 @@ def merge_weight(
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
     config.task_type = None  # a lone layer generates nothing
+    config.base_model_name_or_path = None  # and has no name, of which peft would warn
     config.target_modules = [module.rpartition(".")[2]]  # chosen by the tensors that there are
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     with torch.device("meta"):

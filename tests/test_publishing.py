@@ -293,7 +293,7 @@ def test_merged_weights_are_those_of_peft(written, tmp_path):
     }
 
 
-def test_merging_holds_one_tensor_of_the_base_at_a_time(written, tmp_path, monkeypatch):
+def test_merging_holds_one_tensor_of_the_base_at_a_time(written, tmp_path, monkeypatch, recwarn):
     read = []
 
     def load(content: bytes) -> dict:
@@ -305,6 +305,7 @@ def test_merging_holds_one_tensor_of_the_base_at_a_time(written, tmp_path, monke
     adapter = written[MERGED_NAME].with_name("adapter")
     merge(written[BASE_NAME], adapter, tmp_path / "merged")
     assert read == [1] * 18  # three modules in each of six layers
+    assert not [each for each in recwarn if "base_model_name_or_path" in str(each.message)]
 
 
 @pytest.mark.parametrize(

@@ -150,18 +150,23 @@ PUBLISHED = {
 }
 
 
+def official_settings(model: PublishedModel, num_layers: int) -> dict[str, object]:
+    """What the official configuration of a model says of its glimpse."""
+    return {
+        **OFFICIAL_SETTINGS,
+        **model.settings,
+        "num_hidden_layers": num_layers,
+        "selected_layers": [model.glimpse_layer],
+        "reduce_layer": model.glimpse_layer,
+        "le_layers": list(range(num_layers)),
+    }
+
+
 def published_config(model: PublishedModel) -> dict:
     """What conversion writes to the config.json of a published model."""
     base = read_json(BASE_CONFIGS / model.base_config)
     layers = base.get("text_config", base)["num_hidden_layers"]
-    official = {
-        **OFFICIAL_SETTINGS,
-        **model.settings,
-        "num_hidden_layers": layers,
-        "selected_layers": [model.glimpse_layer],
-        "reduce_layer": model.glimpse_layer,
-        "le_layers": list(range(layers)),
-    }
+    official = official_settings(model, layers)
     family = family_of(base, model.base_config)
     publication = Publication(base_repository=model.base)
     fields = convert_config(official)

@@ -1,12 +1,12 @@
-"""Merge stage 2's LoRA adapter into its base, shard by shard.
+"""Merge stage 2's LoRA adapter into its base, tensor by tensor.
 
     python conversion/merge_adapter.py --base BASE --adapter ADAPTER --output MERGED
 
-Files of the base that hold no adapted weight are taken as they are; of the others, one at a time is
-in memory. peft does the arithmetic. The result is what the base was, a stock model folder or a
-GlimpsePrune repository: `glimpseprune train-stage1 --base MERGED` goes on with it. A repository's
-glimpse was trained on the base without the adapter, unless stage 2 trained it further (`mask:
-sampled`): then it comes out of the adapter's folder.
+Files of the base that hold no adapted weight are taken as they are; of the others, one tensor at a
+time is in memory. peft does the arithmetic. The result is what the base was, a stock model folder
+or a GlimpsePrune repository: `glimpseprune train-stage1 --base MERGED` goes on with it. A
+repository's glimpse was trained on the base without the adapter, unless stage 2 trained it further
+(`mask: sampled`): then it comes out of the adapter's folder.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -41,9 +41,9 @@ from glimpseprune.hub.shards import (
     ConversionError,
     Shard,
     find_shards,
-    load_tensors,
     read_json,
     read_shard,
+    rewrite_tensors,
 )
 from modeling_glimpseprune.base_weights import GLIMPSE_PREFIX
 
@@ -90,11 +90,7 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
             file_name = f"merged-{index:05d}-of-{len(shards):05d}.safetensors"
             ours = {name: modules[name] for name in shard.tensors if name in modules}
             if ours or not glimpse.keys().isdisjoint(shard.tensors):
-                save_file(
-                    merge_shard(shard, ours, factors, adapter, glimpse),
-                    folder / file_name,
-                    metadata={"format": "pt"},
-                )
+                merge_shard(shard, ours, factors, adapter, glimpse, folder / file_name)
             else:
                 place_file(shard.path, folder / file_name)
             weight_map |= dict.fromkeys(shard.tensors, file_name)
@@ -176,8 +172,9 @@ def merge_shard(
     factors: Mapping[str, torch.Tensor],
     adapter: Path,
     glimpse: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """A shard's tensors, those of adapted modules merged and the glimpse replaced.
+    target: Path,
+) -> None:
+    """Write a shard's tensors, those of adapted modules merged and the glimpse replaced.
 
     Args:
         shard: file of the base.
@@ -185,14 +182,17 @@ def merge_shard(
         factors: the adapter's tensors.
         adapter: folder of its configuration.
         glimpse: weights to put in the place of the shard's.
+        target: file to write.
     """
-    tensors = load_tensors(shard, shard.tensors)
-    for name, module in modules.items():
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name in glimpse:
+            return glimpse[name].to(weight.dtype)
+        module = modules[name]
         own = {key: value for key, value in factors.items() if ADAPTED.fullmatch(key)[1] == module}
-        tensors[name] = merge_weight(tensors[name], module, own, adapter)
-    for name in glimpse.keys() & tensors.keys():
-        tensors[name] = glimpse[name].to(tensors[name].dtype)
-    return tensors
+        return merge_weight(weight, module, own, adapter)
+
+    rewrite_tensors(shard, modules.keys() | (glimpse.keys() & shard.tensors.keys()), change, target)
 
 
 def merge_weight(
@@ -208,6 +208,7 @@ def merge_weight(
     config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
     config.task_type = None  # a lone layer generates nothing
+    config.base_model_name_or_path = None  # and has no name, of which peft would warn
     config.target_modules = [module.rpartition(".")[2]]  # chosen by the tensors that there are
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     with torch.device("meta"):

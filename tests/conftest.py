@@ -75,6 +75,7 @@ NEWEST_ONLY = {
     "test_metrics",
     "test_packaging",
     "test_publishing_robustness",
+    "test_rehearsal",
     "test_releases",
     "test_report",
     "test_sampled_masks",

@@ -85,8 +85,13 @@ class HubServer(ThreadingHTTPServer):
         held = self.repositories[repository]
         return held.commits[held.resolve(revision)]
 
-    def content(self, file: StoredFile) -> bytes:
-        return (self.store / file.oid).read_bytes() if file.content is None else file.content
+    def content(self, file: StoredFile, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `start` to `stop` (excluded) of a file, by default all."""
+        if file.content is not None:
+            return file.content[start:stop]
+        with (self.store / file.oid).open("rb") as stored:
+            stored.seek(start)
+            return stored.read() if stop is None else stored.read(stop - start)
 
     def handle_error(self, request, client_address):
         """Clients that are killed in the middle are expected."""
@@ -267,12 +272,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_bytes(200, b"", {"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'})
 
     def lfs_complete(self, oid: str) -> None:
-        parts = [entry["partNumber"] for entry in json.loads(self.body)["parts"]]
-        whole = b"".join((self.server.store / f"{oid}.{part}").read_bytes() for part in parts)
-        if hashlib.sha256(whole).hexdigest() != oid:
+        numbers = [entry["partNumber"] for entry in json.loads(self.body)["parts"]]
+        digest, unfinished = hashlib.sha256(), self.server.store / f"{oid}.unfinished"
+        with unfinished.open("wb") as whole:
+            for part in (self.server.store / f"{oid}.{number}" for number in numbers):
+                content = part.read_bytes()
+                digest.update(content)
+                whole.write(content)
+                part.unlink()
+        if digest.hexdigest() != oid:
             self.send(400, {"error": "the parts are not what was announced"})
             return
-        (self.server.store / oid).write_bytes(whole)
+        unfinished.replace(self.server.store / oid)
         self.send(200)
 
     def lfs_verify(self) -> None:
@@ -359,16 +370,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(StoredFile(oid, (self.server.store / oid).stat().st_size), {})
 
     def send_file(self, file: StoredFile, headers: dict) -> None:
-        content = self.server.content(file)
         headers = headers | {"ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted is None:
-            self.send_bytes(200, content, headers)
+            self.send_bytes(200, self.server.content(file), headers)
             return
         start = int(wanted[1])
-        stop = min(int(wanted[2] or len(content)) + 1, len(content))
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self.send_bytes(206, content[start:stop], headers)
+        stop = min(int(wanted[2] or file.size) + 1, file.size)
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.size}"
+        self.send_bytes(206, self.server.content(file, start, stop), headers)
 
 
 def _small(content: bytes) -> StoredFile:

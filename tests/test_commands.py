@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from transformers import GenerationMixin
 
+from glimpseprune import loading
+from glimpseprune.answering import answerer
 from glimpseprune.cli import COMMANDS, main
 from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
 from glimpseprune.visualisation import draw_glimpse
@@ -109,6 +111,20 @@ def test_ask_says_what_is_wrong_with_an_image(tmp_path, capsys, content, sentenc
         image.write_bytes(content)
     assert main(["ask", "--image", str(image), "--output", str(picture)]) == 2
     assert sentence in capsys.readouterr().err and not picture.exists()
+
+
+@pytest.mark.parametrize(("wanted", "dtype"), [(["--dtype", "bfloat16"], "bfloat16"), ([], "auto")])
+@pytest.mark.parametrize("command", ["answer", "ask", "calibrate", "chat", "evaluate"])
+def test_weights_are_held_as_asked(command, wanted, dtype, tmp_path, capsys, monkeypatch):
+    def load_model(path=None, device=None, dtype="auto"):
+        raise ValueError(f"held in {dtype}")
+
+    for module in (loading, answerer):
+        monkeypatch.setattr(module, "load_model", load_model)
+    (tmp_path / "in.jsonl").write_text('{"question": "?"}\n')
+    files = [str(tmp_path / name) for name in ("in.jsonl", "out.jsonl")]
+    assert main([command, *(files if command == "answer" else []), *wanted]) == 2
+    assert f"held in {dtype}" in capsys.readouterr().err
 
 
 def test_ask_refuses_settings_out_of_range(tmp_path, capsys):

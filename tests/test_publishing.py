@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -22,7 +23,7 @@ from conversion.merge_adapter import merge
 from conversion.model_card import ModelCard, render_card
 from conversion.repository import is_glimpse, without_places
 from glimpseprune.families import QWEN2_5_VL
-from glimpseprune.hub import folders
+from glimpseprune.hub import folders, shards
 from glimpseprune.hub.folders import place_file
 from glimpseprune.hub.redaction import redact
 from glimpseprune.hub.shards import ConversionError, find_shards
@@ -285,6 +286,21 @@ def test_merged_weights_are_those_of_peft(written, tmp_path):
         for layer in range(6)
         for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
     }
+
+
+def test_merging_holds_one_tensor_of_the_base_at_a_time(written, tmp_path, monkeypatch, recwarn):
+    read = []
+
+    def load(content: bytes) -> dict:
+        tensors = safetensors.torch.load(content)
+        read.append(len(tensors))
+        return tensors
+
+    monkeypatch.setattr(shards, "load", load)
+    adapter = written[MERGED_NAME].with_name("adapter")
+    merge(written[BASE_NAME], adapter, tmp_path / "merged")
+    assert read == [1] * 18  # three modules in each of six layers
+    assert not [each for each in recwarn if "base_model_name_or_path" in str(each.message)]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from glimpseprune.hub.folders import vacant_sibling
-from glimpseprune.hub.shards import GLIMPSE_WEIGHTS
+from glimpseprune.hub.shards import GLIMPSE_WEIGHTS, find_shards
 from glimpseprune.tiny_world.model import tiny_config
 from glimpseprune.tiny_world.vocabulary import build_processor
+from glimpseprune.training import repository
 from glimpseprune.training.base import load_for_training, start_glimpse_as
 from glimpseprune.training.checkpoints import last_checkpoint
 from glimpseprune.training.recipe import parse_override, read_recipe
@@ -495,6 +496,16 @@ def test_nothing_half_written_stays(tmp_path):
         (folder / "file").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_model_is_written_in_several_files(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(repository, "SHARD_SIZE", "40KB")
+    model, processor, dtype = load_for_training(str(base))
+    repository.write_repository(model, processor, tmp_path / "model", dtype, {})
+    shards = find_shards(tmp_path / "model")
+    assert len(shards) > 1
+    assert all(shard.data_bytes <= 40_000 or len(shard.tensors) == 1 for shard in shards)
+    load_for_training(str(tmp_path / "model"))
 
 
 def test_training_goes_on_from_a_repository(make_recipe, tmp_path):

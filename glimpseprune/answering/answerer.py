@@ -40,6 +40,7 @@ class AnswerSettings:
         max_new_tokens: of an answer.
         max_pixels: of an image; larger ones are not read.
         masks: whether answers tell which tokens were kept.
+        dtype: of the weights, as `load_model` takes it.
     """
 
     model: str | None = None
@@ -52,6 +53,7 @@ class AnswerSettings:
     max_new_tokens: int = 64
     max_pixels: int = MOST_PIXELS
     masks: bool = False
+    dtype: str = "auto"
 
 
 class Answerer:
@@ -79,7 +81,7 @@ class Answerer:
             OSError: when there is no such model.
             ValueError: when it cannot be asked so.
         """
-        answerer = cls(*load_model(settings.model, device), settings)
+        answerer = cls(*load_model(settings.model, device, settings.dtype), settings)
         with torch.inference_mode():
             prefix = answerer._look([open_image(SAMPLE_PAGE)])
             answerer._generate(prefix, [0], [Row(0, "?")], max_new_tokens=1)

@@ -3,13 +3,15 @@
 import argparse
 from pathlib import Path
 
+from .model_arguments import add_model_arguments
+
 WINDOW = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", type=Path, help=".jsonl, .parquet or a folder of datasets")
     parser.add_argument("output", type=Path, help=".jsonl or .parquet to write")
-    parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
+    add_model_arguments(parser)
     parser.add_argument("--image-folder", type=Path, help="default: the questions' folder")
     parser.add_argument("--masks", action="store_true", help="write which tokens were kept, too")
     parser.add_argument("--no-prune", action="store_true", help="answer with all visual tokens")
@@ -66,7 +68,7 @@ def _settings(arguments: argparse.Namespace):
 
     names = (
         *("model", "prune_threshold", "max_keep_ratio", "min_keep_tokens", "prune_layer"),
-        *("batch_size", "max_new_tokens", "max_pixels", "masks"),
+        *("batch_size", "max_new_tokens", "max_pixels", "masks", "dtype"),
     )
     given = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from .model_arguments import add_model_arguments
+
 SAMPLE_QUESTION = "What is the value of CS?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
+    add_model_arguments(parser)
     parser.add_argument("--image", type=Path, help="image file (default: a page of the tiny world)")
     parser.add_argument("--question", default=SAMPLE_QUESTION)
     parser.add_argument("--no-prune", action="store_true", help="answer with all visual tokens")
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..package_files import SAMPLE_PAGE
 
     image = open_image(arguments.image or SAMPLE_PAGE)
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, dtype=arguments.dtype)
     inputs = prepare(processor, [image], [arguments.question]).to(model.device)
     names = ("prune_threshold", "max_keep_ratio", "min_keep_tokens", "redundant_patches")
     settings = {name: getattr(arguments, name) for name in names}

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from .model_arguments import add_model_arguments
+
 ROW = "{:>3} {:>22} {:>9} {:>10} {:>10} {:>10} {:>9} {:>7} {:>13}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
+    add_model_arguments(parser)
     parser.add_argument(
         "--data",
         type=Path,
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     config_file = Path(repository) / "config.json"
     if arguments.write and not config_file.is_file():
         raise ValueError(f"--write needs a repository in a folder, got {repository}")
-    model, processor = load_model(repository)
+    model, processor = load_model(repository, dtype=arguments.dtype)
     layers = candidate_layers(model.config.glimpse_layer, arguments.prune_layers)
     calibration = calibrate(
         model,
@@ -133,6 +135,7 @@ def _save(calibration, chosen, arguments: argparse.Namespace) -> None:
     settings = {
         "model": str(arguments.model or "hub_configs/tiny"),
         "data": str(arguments.data or "tiny world, validation pages"),
+        "dtype": arguments.dtype,
         "seed": arguments.seed,
         "tolerance": arguments.tolerance,
         "torch": torch.__version__,

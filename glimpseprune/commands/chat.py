@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
+from .model_arguments import add_model_arguments
+
 SINGLE_TURNS = "the tiny model knows single turns only: each question is asked by itself"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
+    add_model_arguments(parser)
     parser.add_argument(
         "--image",
         type=Path,
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..package_files import SAMPLE_PAGE
 
     images = [open_image(path) for path in arguments.image or [SAMPLE_PAGE]]
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, dtype=arguments.dtype)
     forgets = arguments.single_turns or arguments.model is None
     if forgets and not arguments.single_turns:
         print(SINGLE_TURNS)

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from .model_arguments import add_model_arguments
+
 CAP = 0.111  # the paper's upper bound, one visual token in nine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub repository (default: the tiny model)")
+    add_model_arguments(parser)
     parser.add_argument(
         "--data",
         type=Path,
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation import evaluate, summarise
     from ..loading import load_model
 
-    model, processor = load_model(arguments.model)
+    model, processor = load_model(arguments.model, dtype=arguments.dtype)
     samples = read_samples(
         arguments.data, arguments.image_folder, arguments.questions, arguments.seed
     )

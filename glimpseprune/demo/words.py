@@ -119,8 +119,12 @@ def _pictures(image: Image.Image, record: GlimpseRecord) -> str:
     scale = LONGEST_SIDE / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size])
     views = [visual for visual in record.visuals if visual.total]
-    dimmed = stacked([dim_dropped(image, view.keep_mask, view.grid[1:]) for view in views])
-    scores = stacked([heat_map(image, view.importance, view.grid[1:]) for view in views])
+    dimmed = stacked(
+        [dim_dropped(image, view.keep_mask, view.grid[1:], view.encoded) for view in views]
+    )
+    scores = stacked(
+        [heat_map(image, view.importance, view.grid[1:], view.encoded) for view in views]
+    )
     return (
         '<div class="pictures">'
         + _figure(dimmed, "What is kept; the rest is dimmed")

@@ -196,20 +196,59 @@ def _check_layout(path: Path, tensors: dict[str, dict]) -> int:
 
 def copy_tensors(shard: Shard, names: Iterable[str], target: Path) -> None:
     """Write some of a shard's tensors, unchanged, as a file of their own."""
-    ordered = sorted(names, key=lambda name: shard.tensors[name]["data_offsets"])
+    ordered = _in_order(shard, names)
     with target.open("wb") as copy:
         _copy_tensors(shard, ordered, copy)
 
 
 def load_tensors(shard: Shard, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Read some of a shard's tensors into memory."""
-    ordered = sorted(names, key=lambda name: shard.tensors[name]["data_offsets"])
+    ordered = _in_order(shard, names)
     buffer = BytesIO()
     _copy_tensors(shard, ordered, buffer)
     return load(buffer.getvalue())
 
 
+def rewrite_tensors(
+    shard: Shard,
+    changed: Iterable[str],
+    change: Callable[[str, torch.Tensor], torch.Tensor],
+    target: Path,
+) -> None:
+    """Write a shard's tensors as a file of their own, some of them changed.
+
+    One changed tensor at a time is in memory, and of the others none.
+
+    Args:
+        changed: names of tensors to change.
+        change: makes of a tensor's name and value what is written, of the same shape and dtype.
+        target: file to write.
+    """
+    changed = set(changed)
+    ordered = _in_order(shard, shard.tensors)
+    with target.open("wb") as copy, shard.path.open("rb") as source:
+        _write_header(shard, ordered, copy)
+        for name in ordered:
+            if name in changed:
+                value = change(name, load_tensors(shard, [name])[name])
+                copy.write(value.contiguous().flatten().view(torch.uint8).numpy())
+            else:
+                _copy_tensor(shard, name, source, copy)
+
+
 def _copy_tensors(shard: Shard, ordered: list[str], copy: BinaryIO) -> None:
+    _write_header(shard, ordered, copy)
+    with shard.path.open("rb") as source:
+        for name in ordered:
+            _copy_tensor(shard, name, source, copy)
+
+
+def _in_order(shard: Shard, names: Iterable[str]) -> list[str]:
+    """Names of tensors as they follow each other in the file."""
+    return sorted(names, key=lambda name: shard.tensors[name]["data_offsets"])
+
+
+def _write_header(shard: Shard, ordered: list[str], copy: BinaryIO) -> None:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in ordered:
@@ -219,11 +258,12 @@ def _copy_tensors(shard: Shard, ordered: list[str], copy: BinaryIO) -> None:
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)
     copy.write(len(encoded).to_bytes(LENGTH_BYTES, "little") + encoded)
-    with shard.path.open("rb") as source:
-        for name in ordered:
-            start, stop = shard.tensors[name]["data_offsets"]
-            source.seek(shard.data_start + start)
-            _copy_bytes(source, copy, stop - start)
+
+
+def _copy_tensor(shard: Shard, name: str, source: BinaryIO, copy: BinaryIO) -> None:
+    start, stop = shard.tensors[name]["data_offsets"]
+    source.seek(shard.data_start + start)
+    _copy_bytes(source, copy, stop - start)
 
 
 def _copy_bytes(source: BinaryIO, copy: BinaryIO, count: int) -> None:

@@ -13,6 +13,7 @@ from ..portable import edit_json, make_processor_portable, portable_config, writ
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 SUMMARY_FILE = "training_summary.json"
+SHARD_SIZE = "2GB"  # what maps or reads one file at a time needs no more
 # transformers 5 would write a base read under other names back under those.
 UNDER_OWN_NAMES = {"save_original_format": False} if TRANSFORMERS_5 else {}
 
@@ -43,7 +44,7 @@ def write_repository(
     type(model).register_for_auto_class("AutoModelForImageTextToText")
     type(processor).register_for_auto_class("AutoProcessor")
     with vacant_sibling(output) as folder:
-        model.save_pretrained(folder, **UNDER_OWN_NAMES)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE, **UNDER_OWN_NAMES)
         processor.save_pretrained(folder)
         make_processor_portable(folder, family.tokenizer_as_filed)
         edit_json(folder / "config.json", portable_config)

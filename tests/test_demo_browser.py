@@ -12,6 +12,7 @@ from functools import partial, partialmethod
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
@@ -44,7 +45,7 @@ from playwright.sync_api import (  # noqa: E402
     sync_playwright,
 )
 
-from glimpseprune.demo.page import build, open_at  # noqa: E402
+from glimpseprune.demo.page import PageServer, build  # noqa: E402
 
 DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 MOST_PIXELS = 10**6
@@ -99,8 +100,12 @@ def address(tiny, all_runs, called, tmp_path_factory):
     """Where the page is open."""
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("sent"))
     page = build(partial(Session, *tiny, 8, MOST_PIXELS), "the tiny model")
-    yield open_at(page, LOCALHOST, free_port())
-    page.close(verbose=False)
+    server = PageServer(page, LOCALHOST, free_port())
+    thread = Thread(target=server.run)
+    thread.start()
+    yield server.address
+    server.should_exit = True
+    thread.join()
     assert set(called) <= {LOCALHOST, "localhost"}
 
 
@@ -343,6 +348,12 @@ def test_the_screenshot_of_the_readme(open_page, request, tmp_path):
     assert Path(place).stat().st_size < 200_000
 
 
+def test_a_port_that_is_taken(address, tiny):
+    page = build(partial(Session, *tiny), "the tiny model")
+    with pytest.raises(OSError, match="cannot listen at 127.0.0.1, port .* another --host or --p"):
+        PageServer(page, LOCALHOST, urlsplit(address).port)
+
+
 def test_the_command_opens_a_page_here_alone(browser, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     port, log = free_port(), tmp_path / "log.txt"
@@ -361,5 +372,5 @@ def test_the_command_opens_a_page_here_alone(browser, tmp_path, monkeypatch):
         listening = Path("/proc/net/tcp").read_text() if Path("/proc/net/tcp").exists() else ""
         places = re.findall(rf" (\w+):{port:04X} \w+:0000 0A ", listening)
         assert not listening or places == ["0100007F"]  # 127.0.0.1
-    assert f"{address}/ (ends with Ctrl-C)" in log.read_text() and "ended" in log.read_text()
+    assert f"{address} (ends with Ctrl-C)" in log.read_text() and "ended" in log.read_text()
     assert not list(tmp_path.glob("glimpseprune-demo-*"))

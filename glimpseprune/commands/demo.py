@@ -29,7 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     import os
     import signal
     from tempfile import TemporaryDirectory
-    from threading import Event
 
     check_installed()
     for name in ("max_new_tokens", "max_pixels"):
@@ -41,18 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(ending, signal.default_int_handler)
     with TemporaryDirectory(prefix="glimpseprune-demo-") as sent:
         os.environ["GRADIO_TEMP_DIR"] = sent
-        from ..demo.page import build, open_at
+        from ..demo.page import PageServer, build
 
         name = arguments.repository or "the tiny model"
-        page = build(open_session, name)
+        server = PageServer(build(open_session, name), arguments.host, arguments.port)
+        print(f"{name} at {server.address} (ends with Ctrl-C)", flush=True)
         try:
-            address = open_at(page, arguments.host, arguments.port)
-            print(f"{name} at {address} (ends with Ctrl-C)", flush=True)
-            Event().wait()
+            server.run()
         except KeyboardInterrupt:
             print("ended")
-        finally:
-            page.close(verbose=False)
     return 0
 
 

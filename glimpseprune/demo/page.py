@@ -1,9 +1,13 @@
 """The page of `glimpseprune demo`, laid out with Gradio: the only file that knows of it."""
 
+import logging
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +17,7 @@ from ..package_files import SAMPLE_PAGE
 from .session import Session, Settings
 from .words import Shown, redrawn, shown, trouble_of
 
+logger = logging.getLogger(__name__)
 HOUR = 3600  # seconds after which what nobody uses is forgotten
 SESSIONS = 16  # kept at once: each holds what was seen of an image
 LARGEST_FILE = "64mb"
@@ -48,7 +53,7 @@ class OwnContentOnly:
 
 
 def build(open_session: Callable[[], Session], name: str) -> gr.Blocks:
-    """The page, which `open_at` opens.
+    """The page, which `PageServer` serves.
 
     Args:
         open_session: makes the session of a person who comes to the page.
@@ -88,36 +93,49 @@ def build(open_session: Callable[[], Session], name: str) -> gr.Blocks:
     return page
 
 
-def open_at(page: gr.Blocks, host: str, port: int) -> str:
-    """Serve a page, in threads of its own, and return its address.
+class PageServer(uvicorn.Server):
+    """Serves a page. It listens from when it is made, and answers once it runs.
+
+    Gradio's own `launch` asks the page for itself, by way of proxies, and where that fails it asks
+    for a public link.
 
     Raises:
-        OSError: when the port is taken.
+        OSError: when the address cannot be had.
     """
-    try:
-        _, address, _ = page.launch(
+
+    def __init__(self, page: gr.Blocks, host: str, port: int):
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self.listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise OSError(
+                f"cannot listen at {host}, port {port}: choose another --host or --port ({error})"
+            ) from error
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        page.state_session_capacity = SESSIONS
+        app = gr.mount_gradio_app(
+            FastAPI(middleware=[Middleware(OwnContentOnly)]),
+            page,
+            path="/",
             server_name=host,
             server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            inbrowser=False,
-            share=False,
+            footer_links=[],
+            max_file_size=LARGEST_FILE,
             ssr_mode=False,
             mcp_server=False,
             pwa=False,
             enable_monitoring=False,
-            footer_links=[],
-            state_session_capacity=SESSIONS,
-            max_file_size=LARGEST_FILE,
-            app_kwargs={"middleware": [Middleware(OwnContentOnly)]},
+            show_error=False,
             theme=THEME,
             css=STYLE,
         )
-    except OSError as error:
-        raise OSError(
-            f"cannot listen at {host}:{port}: choose another --port or --host ({error})"
-        ) from error
-    return address
+        # At the end it does not wait for open pages, and does not call that an error.
+        options = {"log_level": "critical", "timeout_graceful_shutdown": 1}
+        super().__init__(uvicorn.Config(app, **options))
+
+    def run(self) -> None:
+        """Answer, until a signal comes or `should_exit` is set."""
+        super().run(sockets=[self.listener])
 
 
 def _file_of(sent) -> str | None:
@@ -171,6 +189,8 @@ def _connect(
                     current.show(Path(path).read_bytes())
                 do(current, path, settings, *given)
             except Exception as error:
+                if not isinstance(error, (ValueError, OSError)):
+                    logger.exception("an error that the page shows in a sentence")
                 said = trouble_of(error)
             return current, *shown(current, settings, said)
 

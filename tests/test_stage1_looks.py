@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from double_precision import as_double, in_double_precision
 from safetensors.torch import load_file
 from stage1_data import (
     GLIMPSE,
@@ -65,6 +66,21 @@ def test_losses_and_gradients_are_those_of_whole_prompts(base, data, late, case)
     assert_same_step(found, expected)
     trained = {name for name, each in trainer.model.named_parameters() if each.requires_grad}
     assert found[1].keys() == trained and all(each.any() for each in found[1].values())
+
+
+@pytest.mark.parametrize("case", ["distillation", "distillation, read ahead"])
+def test_double_precision_is_exact(base, data, case):
+    """Of the losses that are not computed in float32."""
+    glimpse, settings, _ = CASES[case]
+    trainer = trainer_that_learns(base, glimpse, settings)
+    in_double_precision(trainer.model)
+    batch = collate(data, trainer.processor, [1, 0, 3])
+    batch["visuals"] = {name: as_double(value) for name, value in batch["visuals"].items()}
+    expected, found = (step(trainer, batch, look_once) for look_once in (False, True))
+    assert expected[0].dtype == torch.float64
+    assert abs(found[0] - expected[0]) < 1e-10
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).abs().max() < 1e-10, name
 
 
 @pytest.mark.parametrize("case", ["in place", "read ahead", "distillation"])

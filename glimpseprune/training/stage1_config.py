@@ -41,9 +41,8 @@ class Stage1Config(TrainingArguments):
         mask_temperature, final_mask_temperature: of the soft mask at the first and the last step;
             it falls geometrically in between.
         mask_noise: whether soft masks are drawn at random, see `log_keep_probability`.
-        look_once: run the vision encoder and layers 0..P over each different image of a batch once,
-            for all its questions, and what of a question does not depend on the glimpse once for
-            all objectives; losses and gradients differ by rounding.
+        look_once: run layers 0..P over each different image of a batch once, for all its questions
+            and all objectives; losses and gradients differ by rounding.
         max_answer_tokens: length of the base's own answers, for questions that come without one.
         warmup: share of the steps over which the learning rate rises; `warmup_steps` wins over it.
         bf16: mixed precision; `"auto"` switches it on where the hardware computes in bfloat16.
@@ -151,7 +150,8 @@ class Stage1Recipe(TrainingRecipe):
             with `training.late_weight` it is also the teacher.
         start_text: text whose mean token embedding fresh glimpse tokens start as; default: random.
             A trained glimpse goes on from where it is.
-        questions_per_image: questions about one image that may share a batch, and its encoding;
+        questions_per_image: questions about one image that may share a batch, and its encoding,
+            with `training.look_once` also layers 0..P over it;
             `training.per_device_train_batch_size` counts images then.
         training: fields of `Stage1Config`.
     """

@@ -12,7 +12,6 @@ Objectives, alone or together, by the weights of `Stage1Config`:
 
 import logging
 import math
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from modeling_glimpseprune.visual_features import VisualFeatures
 
 from ..data.visual_cot_collator import IGNORED_LABEL, TEXT_INPUTS, repeat_visuals
 from .checkpoints import load_glimpse, save_glimpse
+from .figure_means import FigureMeans, figures_of
 from .late_glimpse import with_backbone
 from .pages import Pages, behind_pages
 from .soft_mask import annealed, log_keep_probability, logistic_noise
@@ -38,12 +38,10 @@ from .stage1_losses import (
     answer_loss,
     distillation_loss,
     located_losses,
-    mask_figures,
     retention_loss,
 )
 
 TAUGHT = ("late_loss", "distillation_loss")  # whose teachers see every patch
-OF_EVIDENCE = ("precision", "recall", "iou")  # figures of questions that have any
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +111,7 @@ class Stage1Trainer(Trainer):
         loss = sum(weights[name] * part.mean() for name, part in parts.items())
         if model.training and not loss.isfinite():
             raise LossNotFinite(self.state.global_step + 1, parts, names)
-        figures = _figures_of(record, evidence, len(names))
+        figures = figures_of(record, evidence, len(names))
         self._figures["train" if model.training else "eval"].add(parts | figures)
         return (loss, outputs) if return_outputs else loss
 
@@ -399,48 +397,8 @@ def freeze_unread_additions(model: PreTrainedModel) -> None:
                 addition.requires_grad_(not unread)
 
 
-def _figures_of(
-    record: GlimpseRecord, evidence: torch.Tensor, num_rows: int
-) -> dict[str, torch.Tensor]:
-    """Figures of the model's choice; those about evidence for the rows that have any."""
-    figures = mask_figures(record.keep_mask, evidence, record.rows, num_rows)
-    located = torch.zeros(num_rows, dtype=torch.bool, device=evidence.device)
-    located[record.rows[evidence]] = True
-    return figures | {name: figures[name][located] for name in OF_EVIDENCE}
-
-
 def _prompts(inputs: dict) -> dict[str, torch.Tensor]:
     """The text inputs of a batch without its completions."""
     behind = inputs["input_ids"].shape[1] - inputs["prompt_length"]
     text = [name for name in TEXT_INPUTS if name in inputs]
     return {name: inputs[name][:, : inputs[name].shape[1] - behind] for name in text}
-
-
-class FigureMeans:
-    """Running sums of figures; they wait for the device only when the means are read."""
-
-    def __init__(self):
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._counts: dict[str, int] = defaultdict(int)
-
-    def add(self, figures: dict[str, torch.Tensor]) -> None:
-        """Add figures of a batch, each `(rows,)` or of those rows that have it."""
-        for name, values in figures.items():
-            self._sums[name] = self._sums[name].to(values.device) + values.detach().float().sum()
-            self._counts[name] += len(values)
-
-    def clear(self) -> None:
-        self._sums.clear()
-        self._counts.clear()
-
-    def means(self, accelerator) -> dict[str, float]:
-        """The mean of each figure over all rows of all processes that have it."""
-        names = list(self._sums)
-        if not names:
-            return {}
-        counts = torch.tensor([self._counts[name] for name in names], dtype=torch.float32)
-        sums = torch.stack([self._sums[name] for name in names])
-        totals = torch.stack([sums, counts.to(sums.device)]).to(accelerator.device)
-        sums, counts = accelerator.reduce(totals, "sum").tolist()
-        figures = zip(names, sums, counts, strict=True)
-        return {name: value / count for name, value, count in figures if count}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN
+from conftest import FAMILIES, IMAGE_TOKEN, VIDEO_TOKEN, build_batch, build_models
 from llava_prompts import PINPOINTS, SIDE, TILE
 from PIL import Image
 from reference import positions
@@ -48,6 +48,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from modeling_glimpseprune.decoder_layers import query_logits, run_attention, run_mlp
+from modeling_glimpseprune.encoder_subset import EncoderSubset
 from modeling_glimpseprune.pruned_cache import PrunedLayer
 from modeling_glimpseprune.stock import (
     CACHE_NAME,
@@ -66,6 +67,7 @@ from modeling_glimpseprune.stock import (
     outputs_with_cache,
     token_types,
 )
+from modeling_glimpseprune.visual_features import token_geometry
 
 CODE = Path(__file__).resolve().parents[1] / "modeling_glimpseprune"
 DECODERS = {
@@ -814,6 +816,25 @@ def test_qwen_returns_positions_and_what_later_ones_add(shared_models, build_bat
     assert torch.equal(stock.model.rope_deltas.view(-1), deltas.view(-1)), (
         f"{installed()}: the backbone does not keep rope_deltas, which go with a cache to later "
         "turns"
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_qwens_encoders_are_told_where_patches_are(family):
+    """By arguments that take the grid's place, or else by methods that read it."""
+    models, batch = build_models(family=family), build_batch([[1, (3, 4), 2]], family=family)
+    backbone, grid = models.pruned.model, batch.inputs["image_grid_thw"]
+    geometry, everything = token_geometry(grid // torch.tensor([1, 2, 2]), [12]), torch.ones(12) > 0
+    images = torch.zeros(12, dtype=torch.long)
+    subset = EncoderSubset.of_tokens(everything, geometry, images, grid, 2)
+    told = backbone.tell_encoder("image", subset, everything, geometry, images)
+    inputs = {"pixel_values": batch.inputs["pixel_values"]}
+    whole = models.stock.model.get_image_features(**inputs, image_grid_thw=grid)
+    part = backbone.run_encoder("image", **inputs, **told, image_grid_thw=subset.grid_for(told))
+    whole, part = (encoder_fields(each, family == "qwen3_vl") for each in (whole, part))
+    assert torch.equal(torch.cat(list(part["pooler_output"])), whole["pooler_output"][0]), (
+        f"{installed()}: the encoder does not take places by {list(told) or 'its own methods'}"
     )
 
 

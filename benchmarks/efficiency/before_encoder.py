@@ -16,7 +16,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.efficiency.__main__ import describe_machine
-from benchmarks.efficiency.measurement import CLOCKS, StepClock, clocked_module, in_turns
+from benchmarks.efficiency.measurement import (
+    CLOCKS,
+    StepClock,
+    clocked_module,
+    in_turns,
+    median_ratio,
+)
 from benchmarks.efficiency.workload import (
     SCALED,
     Pair,
@@ -66,8 +72,6 @@ def ways(prune_layer: int, early: int, visual: int) -> dict[str, dict]:
     return {
         "stock": None,
         "redundant patches left out": left_out | everything,
-        "P = K": late,
-        f"P = {early}": ahead,
         "redundant patches left out, P = K": left_out | late,
         f"redundant patches left out, P = {early}": left_out | ahead,
     }
@@ -79,37 +83,34 @@ def measure(
 ) -> dict:
     """Seconds to the first token, those of them in the encoder, and tokens encoded, by way."""
     device, seconds = pair.pruned.device, CLOCKS[clock]
+    encoded = dict.fromkeys(named, prompt.visual)
 
-    def call(settings: dict | None):
+    def call(name: str, settings: dict | None):
         model = pair.stock if settings is None else pair.pruned
 
         def run() -> tuple[float, float]:
             with clocked_module(model.model.visual, device, seconds) as vision:
                 steps = StepClock(device, seconds)
-                generate(model, prompt, settings or {}, stopping_criteria=[steps])
+                output = generate(model, prompt, settings or {}, stopping_criteria=[steps])
+            record = getattr(cache_of(output), "glimpse", None)
+            if record is not None and record.encoded is not None:
+                encoded[name] = int(record.encoded.sum())
             return steps.seconds[0], sum(vision)
 
         return run
 
-    times = in_turns({name: call(settings) for name, settings in named.items()}, repetitions)
+    calls = {name: call(name, settings) for name, settings in named.items()}
+    times = in_turns(calls, repetitions)
+    stock, stock_vision = zip(*times["stock"], strict=True)
     rows = {}
-    for name, settings in named.items():
+    for name in named:
         first, vision = zip(*times[name], strict=True)
-        stock, stock_vision = zip(*times["stock"], strict=True)
-        encoded = prompt.visual
-        if settings is not None:
-            record = cache_of(generate(pair.pruned, prompt, settings)).glimpse
-            encoded = encoded if record.encoded is None else int(record.encoded.sum())
         rows[name] = {
-            "encoded": encoded,
+            "encoded": encoded[name],
             "first token": statistics.median(first),
             "encoder": statistics.median(vision),
-            "first token / stock": statistics.median(
-                a / b for a, b in zip(first, stock, strict=True)
-            ),
-            "encoder / stock": statistics.median(
-                a / b for a, b in zip(vision, stock_vision, strict=True)
-            ),
+            "first token / stock": median_ratio(first, stock),
+            "encoder / stock": median_ratio(vision, stock_vision),
             "every first token": first,
         }
     return rows

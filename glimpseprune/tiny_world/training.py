@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,9 @@ from torch import nn
 from torch.nn import functional
 
 from .accuracy import generation_accuracy
+from .asking import ask
 from .cards import CardCodes, PageHeads, card_targets, character_targets, entry_tokens
+from .links import LinkHead, link_targets
 from .model import CODE_SCALE, fresh_base, save_base
 from .packing import PackedBatch, Packer
 from .pages import (
@@ -27,7 +30,6 @@ from .pages import (
     Page,
     PageSettings,
     Question,
-    ask,
     draw_page,
     make_page,
     page_generator,
@@ -48,8 +50,8 @@ class Batch:
     """Pages of one grid with questions and what is to be seen on them.
 
     `packed` is None where nothing is asked. `patches` `(patches, 1176)` is None where pages are
-    given as codes. `characters` `(tokens, cells)` and `cards` `(tokens, slots)` are the classes
-    of all pages' tokens.
+    given as codes. `characters` `(tokens, cells)`, `cards` `(tokens, slots)` and `links`
+    `(tokens, letters)` are the classes of all pages' tokens.
     """
 
     grid: tuple[int, int]
@@ -58,6 +60,7 @@ class Batch:
     patches: torch.Tensor | None
     characters: torch.Tensor
     cards: torch.Tensor
+    links: torch.Tensor
 
 
 class BaseTrainer:
@@ -65,14 +68,17 @@ class BaseTrainer:
 
     def __init__(self, recipe: Recipe, processor: ProcessorMixin, output: Path, seed: int) -> None:
         self.recipe, self.processor, self.output, self.seed = recipe, processor, output, seed
-        self.model = fresh_base(processor, seed)
+        self.model = fresh_base(processor, seed, recipe.decoder)
         self.model.set_attn_implementation("eager")  # on a CPU its backward pass is the fastest
         width = self.model.config.text_config.hidden_size
         embeddings = self.model.get_input_embeddings().weight
         self.codes = CardCodes(embeddings, entry_tokens(processor.tokenizer), seed)
         self.heads = PageHeads(width, self.codes, seed)
+        self.links = LinkHead(width, seed)
         self.packer = Packer(processor)
-        self.optimisers = _optimisers(self.model, self.heads, recipe)
+        self.optimisers = _optimisers(
+            self.model, [*self.heads.parameters(), *self.links.parameters()], recipe
+        )
         self.step, self.pages_seen, self.seconds = 0, 0, 0.0
 
     def start_from(self, folder: Path) -> None:
@@ -84,14 +90,27 @@ class BaseTrainer:
         Raises:
             ValueError: where the folder's weights are not those of a tiny base.
         """
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / "model.safetensors")
-        base = {name: each for name, each in weights.items() if ".glimpse." not in name}
         try:
-            self.model.load_state_dict(base)
+            self.model.load_state_dict(_base_weights(folder))
         except RuntimeError as error:
             raise ValueError(f"{folder} holds no tiny base: {error}") from None
+
+    def start_vision_from(self, folder: Path) -> None:
+        """Take the vision encoder's weights from a model folder; all others stay random.
+
+        Raises:
+            ValueError: where the folder holds no vision encoder of the tiny base's sizes.
+        """
+        prefix = "model.visual."
+        weights = {
+            name.removeprefix(prefix): each
+            for name, each in _base_weights(folder).items()
+            if name.startswith(prefix)
+        }
+        try:
+            self.model.model.visual.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds no vision encoder to start from: {error}") from None
 
     def train(
         self, save_minutes: float = 3.0, progress: bool = True, last_step: int | None = None
@@ -125,6 +144,7 @@ class BaseTrainer:
         save_base(self.model, self.processor, self.output)
         state = {
             "heads": self.heads.state_dict(),
+            "links": self.links.state_dict(),
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "counters": (self.step, self.pages_seen, self.seconds),
@@ -140,6 +160,7 @@ class BaseTrainer:
             return False
         state = torch.load(path, weights_only=True)
         self.heads.load_state_dict(state["heads"])
+        self.links.load_state_dict(state["links"])
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -165,7 +186,11 @@ class BaseTrainer:
         with torch.autocast("cpu", torch.bfloat16):
             figures = self._figures(stage, batch)
         figures["loss"].backward()
-        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        parameters = [
+            *self.model.parameters(),
+            *self.heads.parameters(),
+            *self.links.parameters(),
+        ]
         figures["norm"] = nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -196,6 +221,7 @@ class BaseTrainer:
             torch.cat([page_patches(draw_page(page)) for page in pages]) if images else None,
             torch.from_numpy(np.concatenate([character_targets(page) for page in pages])),
             torch.from_numpy(np.concatenate([card_targets(page) for page in pages])),
+            torch.from_numpy(np.concatenate([link_targets(page) for page in pages])),
         )
 
     def _pack(
@@ -214,16 +240,23 @@ class BaseTrainer:
             tokens = tokens + stage.code_noise * torch.randn(tokens.shape, generator=noise)
             loss = tokens.new_zeros(())
         else:
-            tokens = self._see(batch)
+            with torch.set_grad_enabled(not stage.freeze_vision):
+                tokens = self._see(batch)
             figures |= self.heads.losses(tokens, batch.characters, batch.cards)
             loss = stage.read_weight * figures["read_loss"]
             loss = loss + stage.card_weight * figures["card_loss"]
             figures["code_loss"] = (tokens - self.codes(batch.cards)).square().mean()
             loss = loss + stage.code_weight * figures["code_loss"] / CODE_SCALE**2
         if batch.packed is not None:
-            answers = answer_figures(self.model, batch.packed, tokens)
+            layer = self.model.model.language_model.layers[stage.link_layer]
+            with _kept_states(layer) as states:
+                answers = answer_figures(self.model, batch.packed, tokens, stage.page_from_layer)
             figures |= answers
             loss = loss + answers["answer_loss"]
+            if stage.link_weight:
+                image = batch.packed.input_ids == self.model.config.image_token_id
+                figures |= self.links.figures(states[0][image], batch.links)
+                loss = loss + stage.link_weight * figures["link_loss"]
         return figures | {"loss": loss}
 
     def _see(self, batch: Batch) -> torch.Tensor:
@@ -304,13 +337,13 @@ def write_summary(trainer: BaseTrainer) -> dict[str, object]:
 
 
 def answer_figures(
-    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor
+    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor, page_from_layer: int = 0
 ) -> dict[str, torch.Tensor]:
     """Answer loss and share of questions with every answer token right, teacher forced.
 
     `visual_tokens` is `(visual tokens of all pages, width)`, in the order of the placeholders.
     """
-    hidden = packed_hidden_states(model, packed, visual_tokens)
+    hidden = packed_hidden_states(model, packed, visual_tokens, page_from_layer)
     wanted = packed.labels != -100
     logits = model.lm_head(hidden[wanted]).float()
     labels = packed.labels[wanted]
@@ -326,21 +359,83 @@ def answer_figures(
 
 
 def packed_hidden_states(
-    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor
+    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor, page_from_layer: int = 0
 ) -> torch.Tensor:
-    """The language model's last hidden states `(batch, length, width)` of packed sequences."""
+    """The language model's last hidden states `(batch, length, width)` of packed sequences.
+
+    In layers below `page_from_layer` no text sees the image; visual tokens see one another.
+    """
     language_model = model.model.language_model
     embeddings = language_model.embed_tokens(packed.input_ids)
     images = (packed.input_ids == model.config.image_token_id)[..., None]
     embeddings = embeddings.masked_scatter(images, visual_tokens.to(embeddings.dtype))
-    mask = torch.zeros(packed.visible.shape, dtype=embeddings.dtype)
-    mask.masked_fill_(~packed.visible, torch.finfo(mask.dtype).min)
-    return language_model(
-        inputs_embeds=embeddings,
-        position_ids=packed.position_ids,
-        attention_mask={"full_attention": mask},
-        use_cache=False,
-    ).last_hidden_state
+    mask = _added_mask(packed.visible, embeddings.dtype)
+    text_on_image = (~images & images.transpose(1, 2))[:, None]
+    low_mask = _added_mask(packed.visible & ~text_on_image, embeddings.dtype)
+    with _masks_of_layers(language_model.layers[:page_from_layer], low_mask):
+        return language_model(
+            inputs_embeds=embeddings,
+            position_ids=packed.position_ids,
+            attention_mask={"full_attention": mask},
+            use_cache=False,
+        ).last_hidden_state
+
+
+@contextmanager
+def _kept_states(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A list that gets the layer's states `(batch, length, width)` while the context lasts."""
+    states: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = layer.register_forward_hook(keep)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+def _added_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+@contextmanager
+def _masks_of_layers(layers: Iterable[nn.Module], mask: torch.Tensor) -> Iterator[None]:
+    """Give the decoder layers a mask of their own while the context lasts."""
+
+    def replace_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "attention_mask": mask}
+
+    hooks = [layer.register_forward_pre_hook(replace_mask, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _base_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder's weights without a glimpse's, by the names of the stock model's modules.
+
+    Files written by `train-base` have the names of published checkpoints.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    published = not any(name.startswith("model.language_model.") for name in weights)
+    places = {"visual.": "model.visual.", "model.": "model.language_model."} if published else {}
+    named = {}
+    for name, each in weights.items():
+        if ".glimpse." in name:
+            continue
+        for old, new in places.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        named[name] = each
+    return named
 
 
 def _mixed_questions(page: Page, stage: Stage, generator: np.random.Generator) -> list[Question]:
@@ -362,7 +457,9 @@ def _rate_factor(stage: Stage, step: int) -> float:
     return warm * (first + (last - first) * step / stage.steps)
 
 
-def _optimisers(model: nn.Module, heads: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimisers(
+    model: nn.Module, heads: list[nn.Parameter], recipe: Recipe
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for everything else.
 
     Raises:
@@ -385,7 +482,7 @@ def _optimisers(model: nn.Module, heads: nn.Module, recipe: Recipe) -> list[torc
     )
     adamw = torch.optim.AdamW(
         [
-            {"params": [*others, *heads.parameters()]},
+            {"params": [*others, *heads]},
             {"params": embeddings, "lr": recipe.embedding_rate},
         ],
         lr=recipe.other_rate,

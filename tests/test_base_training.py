@@ -10,11 +10,12 @@ from glimpseprune.loading import REPOSITORY
 from glimpseprune.package_files import TINY_MODEL
 from glimpseprune.tiny_world.accuracy import chat_prompt, generated_answers, generation_accuracy
 from glimpseprune.tiny_world.asking import ask
+from glimpseprune.tiny_world.forward import answer_figures, packed_hidden_states
 from glimpseprune.tiny_world.model import fresh_base
 from glimpseprune.tiny_world.packing import Packer
 from glimpseprune.tiny_world.pages import PageSettings, draw_page, make_page, page_generator
 from glimpseprune.tiny_world.recipe import Recipe, Stage, load_recipe
-from glimpseprune.tiny_world.training import SUMMARY_FILE, BaseTrainer, packed_hidden_states
+from glimpseprune.tiny_world.training import SUMMARY_FILE, BaseTrainer
 from glimpseprune.tiny_world.vocabulary import build_processor
 
 RECIPE = """
@@ -173,6 +174,24 @@ def test_a_frozen_vision_encoder_stays_as_it_was(tmp_path, processor):
             assert not each.equal(before[name])
 
 
+@torch.inference_mode()
+def test_a_long_answer_counts_as_much_as_a_short_one_on_request(processor):
+    model = fresh_base(processor, 0, {"num_hidden_layers": 1}).eval()
+    generator = page_generator(0, "train", 0)
+    page = make_page(generator, "train", PageSettings(), (8, 8))
+    questions = [ask(page, kind, 1, generator)[0] for kind in ("pair", "compare", "count")]
+    visual = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
+
+    def loss(asked, **options):
+        packed = Packer(processor).pack((8, 8), [asked])
+        return answer_figures(model, packed, visual, **options)["answer_loss"]
+
+    alone = torch.stack([loss([question]) for question in questions])
+    lengths = torch.tensor([len(question.answer) + 1.0 for question in questions])
+    torch.testing.assert_close(loss(questions, by_question=True), alone.mean())
+    torch.testing.assert_close(loss(questions), (alone * lengths).sum() / lengths.sum())
+
+
 def test_labels_are_the_answer_and_its_end(processor):
     page = make_page(page_generator(0, "train", 0), "train", PageSettings(), (4, 8))
     question = ask(page, "value", 1, page_generator(0, "train", 1))[0]
@@ -190,6 +209,7 @@ def test_train_base_writes_a_loadable_folder_and_a_summary(tmp_path, recipe_file
     assert summary["accuracy"]["4x4"]["value"]["questions"] == 4
     assert 3.5e6 < summary["parameters"] < 4e6
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert 0 <= log[-1]["accuracy_of_value"] <= 1 and "accuracy_of_count" in log[-1]
     assert [entry["stage"] for entry in log] == ["see"] * 2 + ["look-up"] * 2 + ["speak", "all"]
     assert sum(path.stat().st_size for path in output.glob("*.safetensors")) < 9e6
 

@@ -129,6 +129,12 @@ def test_every_kind_of_question_is_answered_by_its_boxes(kind):
                 assert labels[0].key in question.text and question.answer == labels[0].colour
             if kind == "compare":
                 assert question.answer == max(labels, key=lambda label: int(label.value)).key
+            if kind == "pair":
+                first, second = (
+                    label for box in question.boxes for label in labels if label.box == box
+                )
+                assert question.text.endswith(f" {first.key}, {second.key}?")
+                assert question.answer == f"{first.value},{second.value}"
             if kind == "count":
                 assert question.answer == str(len(labels))
                 assert {label.colour in question.text for label in labels} == {True}

@@ -8,6 +8,7 @@
 | count | How many labels are red? | a number | the labels of the colour |
 | none | What is the value of XJ? (a key that is not on the page) | none | nothing |
 | neighbour | What is right of KQ? | the key in the next slot | both labels |
+| pair | What are the values of KQ, ZB? | both, in the order of the keys | both labels |
 | list | Which labels are red? | their keys in reading order | the labels of the colour |
 """
 
@@ -41,6 +42,8 @@ def ask(page: Page, kind: str, number: int, generator: np.random.Generator) -> l
     if kind == "neighbour":
         pairs = [(a, b) for a in order for b in page.labels if in_next_slot(a, b)]
         return [_neighbour_question(label, right) for label, right in pairs[:number]]
+    if kind == "pair":
+        return [_pair_question(a, b) for a, b in zip(order[:number], order[1:], strict=False)]
     if kind == "list":
         lists = {label.colour: _of_colour(page.labels, label.colour) for label in order}
         short = [each for each in lists.values() if len(each) <= LONGEST_LIST]
@@ -74,6 +77,11 @@ def _none_question(key: str) -> Question:
 def _neighbour_question(label: Label, right: Label) -> Question:
     boxes = (label.box, right.box)
     return Question("neighbour", f"What is right of {label.key}?", right.key, boxes)
+
+
+def _pair_question(first: Label, second: Label) -> Question:
+    text = f"What are the values of {first.key}, {second.key}?"
+    return Question("pair", text, f"{first.value},{second.value}", (first.box, second.box))
 
 
 def _list_question(labels: Sequence[Label]) -> Question:

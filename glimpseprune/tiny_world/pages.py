@@ -21,7 +21,7 @@ TOKEN = 28  # pixels a side of one visual token: patch 14, merged two by two
 SLOT_COLUMNS, SLOT_ROWS = 4, 2  # tokens a slot
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which look like digits
 SPLITS = ("train", "validation", "test")
-KINDS = ("value", "colour", "compare", "count", "none", "neighbour", "list")
+KINDS = ("value", "colour", "compare", "count", "none", "neighbour", "list", "pair")
 TILE_COLOURS = {
     "red": (236, 120, 112),
     "orange": (244, 178, 104),

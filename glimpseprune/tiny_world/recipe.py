@@ -28,7 +28,8 @@ class Stage:
     page back from all text in the decoder layers below it, so that looking is learned above; a
     training ends with 0, for a finished model sees everything. `freeze_vision` leaves the vision
     encoder be. `link_weight` is that of the loss on what labels have to do with one another (see
-    `links`), read off the visual tokens after the decoder layer `link_layer`.
+    `links`), read off the visual tokens after the decoder layer `link_layer`. `by_question` lets
+    each question count alike in the answers' loss, not each token.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage:
     freeze_vision: bool = False
     link_weight: float = 0.0
     link_layer: int = 0
+    by_question: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

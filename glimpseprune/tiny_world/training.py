@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from torch.nn import functional
 from .accuracy import generation_accuracy
 from .asking import ask
 from .cards import CardCodes, PageHeads, card_targets, character_targets, entry_tokens
+from .forward import answer_figures, kept_states
 from .links import LinkHead, link_targets
 from .model import CODE_SCALE, fresh_base, save_base
 from .packing import PackedBatch, Packer
@@ -51,7 +51,8 @@ class Batch:
 
     `packed` is None where nothing is asked. `patches` `(patches, 1176)` is None where pages are
     given as codes. `characters` `(tokens, cells)`, `cards` `(tokens, slots)` and `links`
-    `(tokens, letters)` are the classes of all pages' tokens.
+    `(tokens, letters)` are the classes of all pages' tokens. `kinds` are those of the questions,
+    page by page.
     """
 
     grid: tuple[int, int]
@@ -61,6 +62,7 @@ class Batch:
     characters: torch.Tensor
     cards: torch.Tensor
     links: torch.Tensor
+    kinds: list[str]
 
 
 class BaseTrainer:
@@ -222,6 +224,7 @@ class BaseTrainer:
             torch.from_numpy(np.concatenate([character_targets(page) for page in pages])),
             torch.from_numpy(np.concatenate([card_targets(page) for page in pages])),
             torch.from_numpy(np.concatenate([link_targets(page) for page in pages])),
+            [question.kind for of_page in questions for question in of_page],
         )
 
     def _pack(
@@ -249,8 +252,15 @@ class BaseTrainer:
             loss = loss + stage.code_weight * figures["code_loss"] / CODE_SCALE**2
         if batch.packed is not None:
             layer = self.model.model.language_model.layers[stage.link_layer]
-            with _kept_states(layer) as states:
-                answers = answer_figures(self.model, batch.packed, tokens, stage.page_from_layer)
+            with kept_states(layer) as states:
+                answers = answer_figures(
+                    self.model,
+                    batch.packed,
+                    tokens,
+                    stage.page_from_layer,
+                    batch.kinds if len(stage.kinds) > 1 else (),
+                    stage.by_question,
+                )
             figures |= answers
             loss = loss + answers["answer_loss"]
             if stage.link_weight:
@@ -334,86 +344,6 @@ def write_summary(trainer: BaseTrainer) -> dict[str, object]:
     }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-def answer_figures(
-    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor, page_from_layer: int = 0
-) -> dict[str, torch.Tensor]:
-    """Answer loss and share of questions with every answer token right, teacher forced.
-
-    `visual_tokens` is `(visual tokens of all pages, width)`, in the order of the placeholders.
-    """
-    hidden = packed_hidden_states(model, packed, visual_tokens, page_from_layer)
-    wanted = packed.labels != -100
-    logits = model.lm_head(hidden[wanted]).float()
-    labels = packed.labels[wanted]
-    question = (packed.block + 10_000 * torch.arange(len(packed.block))[:, None])[wanted]
-    _, number = question.unique(return_inverse=True)
-    hits = (logits.argmax(-1) == labels).float()
-    right = torch.ones(int(number.max()) + 1).scatter_reduce(0, number, hits, "amin")
-    return {
-        "answer_loss": functional.cross_entropy(logits, labels),
-        "token_accuracy": hits.mean(),
-        "accuracy": right.mean(),
-    }
-
-
-def packed_hidden_states(
-    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor, page_from_layer: int = 0
-) -> torch.Tensor:
-    """The language model's last hidden states `(batch, length, width)` of packed sequences.
-
-    In layers below `page_from_layer` no text sees the image; visual tokens see one another.
-    """
-    language_model = model.model.language_model
-    embeddings = language_model.embed_tokens(packed.input_ids)
-    images = (packed.input_ids == model.config.image_token_id)[..., None]
-    embeddings = embeddings.masked_scatter(images, visual_tokens.to(embeddings.dtype))
-    mask = _added_mask(packed.visible, embeddings.dtype)
-    text_on_image = (~images & images.transpose(1, 2))[:, None]
-    low_mask = _added_mask(packed.visible & ~text_on_image, embeddings.dtype)
-    with _masks_of_layers(language_model.layers[:page_from_layer], low_mask):
-        return language_model(
-            inputs_embeds=embeddings,
-            position_ids=packed.position_ids,
-            attention_mask={"full_attention": mask},
-            use_cache=False,
-        ).last_hidden_state
-
-
-@contextmanager
-def _kept_states(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list that gets the layer's states `(batch, length, width)` while the context lasts."""
-    states: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    hook = layer.register_forward_hook(keep)
-    try:
-        yield states
-    finally:
-        hook.remove()
-
-
-def _added_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    mask = torch.zeros(visible.shape, dtype=dtype)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
-
-
-@contextmanager
-def _masks_of_layers(layers: Iterable[nn.Module], mask: torch.Tensor) -> Iterator[None]:
-    """Give the decoder layers a mask of their own while the context lasts."""
-
-    def replace_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, "attention_mask": mask}
-
-    hooks = [layer.register_forward_pre_hook(replace_mask, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _base_weights(folder: Path) -> dict[str, torch.Tensor]:

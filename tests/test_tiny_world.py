@@ -155,11 +155,11 @@ def test_a_neighbour_lies_in_the_next_slot_of_the_row():
         page = page_at(index)
         by_key = {label.key: label for label in page.labels}
         for question in ask(page, "neighbour", 4, page_generator(1, "train", index)):
-            label = by_key[question.text.removeprefix("What is right of ")[:2]]
-            right = by_key[question.answer]
-            assert question.boxes == (label.box, right.box)
-            assert 0 <= right.tile[0] - label.tile[2] <= 4
-            assert abs(right.tile[1] - label.tile[1]) <= 2
+            label = by_key[question.text.removeprefix("What is left of ")[:2]]
+            left = by_key[question.answer]
+            assert question.boxes == (left.box, label.box)
+            assert 0 <= label.tile[0] - left.tile[2] <= 4
+            assert abs(label.tile[1] - left.tile[1]) <= 2
             asked += 1
     assert asked > 20
 

@@ -7,7 +7,7 @@
 | compare | Which is larger, KQ or ZB? | a key | both labels |
 | count | How many labels are red? | a number | the labels of the colour |
 | none | What is the value of XJ? (a key that is not on the page) | none | nothing |
-| neighbour | What is right of KQ? | the key in the next slot | both labels |
+| neighbour | What is left of KQ? | the key in the slot before | both labels |
 | pair | What are the values of KQ, ZB? | both, in the order of the keys | both labels |
 | list | Which labels are red? | their keys in reading order | the labels of the colour |
 """
@@ -40,8 +40,10 @@ def ask(page: Page, kind: str, number: int, generator: np.random.Generator) -> l
     if kind == "none":
         return [_none_question(key) for key in _absent_keys(page, number, generator)]
     if kind == "neighbour":
-        pairs = [(a, b) for a in order for b in page.labels if in_next_slot(a, b)]
-        return [_neighbour_question(label, right) for label, right in pairs[:number]]
+        pairs = [
+            (left, label) for label in order for left in page.labels if in_next_slot(left, label)
+        ]
+        return [_neighbour_question(left, label) for left, label in pairs[:number]]
     if kind == "pair":
         return [_pair_question(a, b) for a, b in zip(order[:number], order[1:], strict=False)]
     if kind == "list":
@@ -74,9 +76,9 @@ def _none_question(key: str) -> Question:
     return Question("none", f"What is the value of {key}?", ABSENT, ())
 
 
-def _neighbour_question(label: Label, right: Label) -> Question:
-    boxes = (label.box, right.box)
-    return Question("neighbour", f"What is right of {label.key}?", right.key, boxes)
+def _neighbour_question(left: Label, label: Label) -> Question:
+    boxes = (left.box, label.box)
+    return Question("neighbour", f"What is left of {label.key}?", left.key, boxes)
 
 
 def _pair_question(first: Label, second: Label) -> Question:

@@ -155,7 +155,7 @@ def test_a_neighbour_lies_in_the_next_slot_of_the_row():
         page = page_at(index)
         by_key = {label.key: label for label in page.labels}
         for question in ask(page, "neighbour", 4, page_generator(1, "train", index)):
-            label = by_key[question.text.removeprefix("What is left of ")[:2]]
+            label = by_key[question.text.removeprefix("What is the left label of ")[:2]]
             left = by_key[question.answer]
             assert question.boxes == (left.box, label.box)
             assert 0 <= label.tile[0] - left.tile[2] <= 4

@@ -167,11 +167,17 @@ def answer_batch(
 
 
 def summarise(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
-    """Per group, and over all: questions, mean score and mean share of visual tokens kept."""
+    """Per group, and over all: questions, mean score and mean share of visual tokens kept.
+
+    Where questions are of several kinds, each kind is a group as well.
+    """
     groups: dict[str, list[Answer]] = {"all": list(answers)}
+    several_kinds = len({answer.sample.kind for answer in answers}) > 1
     for answer in answers:
         if answer.sample.group != "all":
             groups.setdefault(answer.sample.group, []).append(answer)
+        if several_kinds and answer.sample.kind:
+            groups.setdefault(answer.sample.kind, []).append(answer)
     return {
         name: {
             "questions": len(members),

@@ -15,6 +15,7 @@ class Sample:
     Attributes:
         image: the picture, or None for a question asked without it.
         group: what results are broken down by.
+        kind: what sort of question it is, where the data say so.
         boxes: where the evidence is, in pixels of a `size` image.
         size: `(width, height)` that the boxes refer to.
         path: the image file; questions of one file belong together.
@@ -29,3 +30,4 @@ class Sample:
     size: tuple[int, int] = (1, 1)
     path: Path = Path()
     number: int = 0
+    kind: str | None = None

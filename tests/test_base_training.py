@@ -7,12 +7,15 @@ import torch
 
 from glimpseprune.cli import main
 from glimpseprune.loading import REPOSITORY
+from glimpseprune.package_files import TINY_MODEL
 from glimpseprune.tiny_world.accuracy import chat_prompt, generated_answers, generation_accuracy
+from glimpseprune.tiny_world.asking import ask
+from glimpseprune.tiny_world.forward import answer_figures, packed_hidden_states
 from glimpseprune.tiny_world.model import fresh_base
 from glimpseprune.tiny_world.packing import Packer
-from glimpseprune.tiny_world.pages import PageSettings, ask, draw_page, make_page, page_generator
+from glimpseprune.tiny_world.pages import PageSettings, draw_page, make_page, page_generator
 from glimpseprune.tiny_world.recipe import Recipe, Stage, load_recipe
-from glimpseprune.tiny_world.training import SUMMARY_FILE, BaseTrainer, packed_hidden_states
+from glimpseprune.tiny_world.training import SUMMARY_FILE, BaseTrainer
 from glimpseprune.tiny_world.vocabulary import build_processor
 
 RECIPE = """
@@ -24,6 +27,9 @@ stages:
   - {name: speak, source: images, steps: 1, tokens: 32, grids: [[4, 4]], fit_batches: 2}
   - {name: all, source: both, steps: 1, tokens: 32, grids: [[4, 8]], kinds: {value: 1, count: 1}}
 """
+
+
+NARROW = {"hidden_size": 128, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,97 @@ def _row(packed, number):
     )
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("first", [1, 2])
+def test_text_below_the_first_layer_that_sees_the_page_does_not(processor, first):
+    model = fresh_base(processor, 0, {"num_hidden_layers": 3}).eval()
+    generator = page_generator(0, "train", 0)
+    page = make_page(generator, "train", PageSettings(), (4, 4))
+    packed = Packer(processor).pack((4, 4), [ask(page, "value", 2, generator)])
+    image = packed.input_ids[0] == processor.image_token_id
+    states = []
+
+    def hidden_states(visual_tokens):
+        """States after each layer `(layers, text tokens, width)`."""
+        seen = []
+        hooks = [
+            layer.register_forward_hook(lambda *call: seen.append(_states(call[-1])[0, ~image]))
+            for layer in model.model.language_model.layers
+        ]
+        packed_hidden_states(model, packed, visual_tokens, first)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack(seen)
+
+    for seed in range(2):
+        visual = torch.randn(16, 192, generator=torch.Generator().manual_seed(seed))
+        states.append(hidden_states(visual))
+    same = [bool(torch.equal(*layers)) for layers in zip(*states, strict=True)]
+    assert same == [layer < first for layer in range(3)]
+    masks = packed_hidden_states(model, packed, visual)
+    assert not torch.equal(masks, packed_hidden_states(model, packed, visual, first))
+
+
+def _states(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_a_start_takes_the_vision_encoder_and_no_more(tmp_path, processor):
+    recipe = Recipe((Stage("x", "both", 1, 32, ((4, 4),)),), decoder={"num_hidden_layers": 2})
+    trainer = BaseTrainer(recipe, processor, tmp_path, 0)
+    before = {name: each.clone() for name, each in trainer.model.state_dict().items()}
+    trainer.start_vision_from(TINY_MODEL)
+    changed = {
+        name for name, each in trainer.model.state_dict().items() if not each.equal(before[name])
+    }
+    assert changed and all("visual." in name for name in changed)
+    other = BaseTrainer(Recipe(recipe.stages, decoder=NARROW), processor, tmp_path, 0)
+    with pytest.raises(ValueError, match="holds no vision encoder"):
+        other.start_vision_from(TINY_MODEL)
+
+
+def test_a_training_starts_from_a_folder_that_training_wrote(tmp_path, processor):
+    recipe = Recipe((Stage("x", "both", 1, 32, ((4, 4),)),), decoder={"num_hidden_layers": 1})
+    first = BaseTrainer(recipe, processor, tmp_path / "first", 0)
+    first.train(progress=False)
+    second = BaseTrainer(recipe, processor, tmp_path / "second", 1)
+    second.start_from(tmp_path / "first")
+    for name, each in second.model.state_dict().items():
+        assert each.equal(first.model.state_dict()[name].bfloat16().float())
+
+
+def test_a_frozen_vision_encoder_stays_as_it_was(tmp_path, processor):
+    stage = Stage("x", "both", 2, 32, ((4, 4),), freeze_vision=True)
+    trainer = BaseTrainer(
+        Recipe((stage,), decoder={"num_hidden_layers": 2}), processor, tmp_path, 0
+    )
+    before = {name: each.clone() for name, each in trainer.model.state_dict().items()}
+    trainer.train(progress=False)
+    for name, each in trainer.model.state_dict().items():
+        if "visual." in name:
+            assert each.equal(before[name])
+        elif "q_proj.weight" in name:
+            assert not each.equal(before[name])
+
+
+@torch.inference_mode()
+def test_a_long_answer_counts_as_much_as_a_short_one_on_request(processor):
+    model = fresh_base(processor, 0, {"num_hidden_layers": 1}).eval()
+    generator = page_generator(0, "train", 0)
+    page = make_page(generator, "train", PageSettings(), (8, 8))
+    questions = [ask(page, kind, 1, generator)[0] for kind in ("pair", "compare", "count")]
+    visual = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
+
+    def loss(asked, **options):
+        packed = Packer(processor).pack((8, 8), [asked])
+        return answer_figures(model, packed, visual, **options)["answer_loss"]
+
+    alone = torch.stack([loss([question]) for question in questions])
+    lengths = torch.tensor([len(question.answer) + 1.0 for question in questions])
+    torch.testing.assert_close(loss(questions, by_question=True), alone.mean())
+    torch.testing.assert_close(loss(questions), (alone * lengths).sum() / lengths.sum())
+
+
 def test_labels_are_the_answer_and_its_end(processor):
     page = make_page(page_generator(0, "train", 0), "train", PageSettings(), (4, 8))
     question = ask(page, "value", 1, page_generator(0, "train", 1))[0]
@@ -112,6 +209,7 @@ def test_train_base_writes_a_loadable_folder_and_a_summary(tmp_path, recipe_file
     assert summary["accuracy"]["4x4"]["value"]["questions"] == 4
     assert 3.5e6 < summary["parameters"] < 4e6
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert 0 <= log[-1]["accuracy_of_value"] <= 1 and "accuracy_of_count" in log[-1]
     assert [entry["stage"] for entry in log] == ["see"] * 2 + ["look-up"] * 2 + ["speak", "all"]
     assert sum(path.stat().st_size for path in output.glob("*.safetensors")) < 9e6
 
@@ -129,7 +227,9 @@ def test_train_base_writes_a_loadable_folder_and_a_summary(tmp_path, recipe_file
     assert together == alone
 
 
-@pytest.mark.parametrize("name", ["tiny_base", "tiny_base_longer", "tiny_base_stopped"])
+@pytest.mark.parametrize(
+    "name", ["tiny_base", "tiny_base_longer", "tiny_base_stopped", "tiny_deep"]
+)
 def test_recipes_can_be_read(name):
     assert load_recipe(REPOSITORY / "recipes" / f"{name}.yaml").total_steps > 0
 

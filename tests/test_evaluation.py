@@ -97,6 +97,19 @@ def test_summaries_count_every_question(evaluation):
     assert summary["all"]["accuracy"] == pytest.approx(scores.mean().item())
 
 
+def test_kinds_are_groups_where_there_are_several(tiny):
+    kinds = ("value", "none")
+    samples = read_samples(None, None, 8, 1, kinds)
+    assert {sample.kind: bool(sample.boxes) for sample in samples} == {"value": True, "none": False}
+    answers = evaluate(*tiny, samples, [Method()]).answers[0]
+    summary = summarise(answers)
+    assert [summary[kind]["questions"] for kind in kinds] == [4, 4]
+    of_values = [answer.score for answer in answers if answer.sample.kind == "value"]
+    assert summary["value"]["accuracy"] == sum(of_values) / 4
+    only_values = [answer for answer in answers if answer.sample.kind == "value"]
+    assert "value" not in summarise(only_values)
+
+
 def test_a_look_changes_no_answer(tiny, samples, evaluation):
     """Nor how many tokens a layer works on, by methods over a look and by those that take none."""
     over = evaluate(*tiny, samples, OVER_A_LOOK, batch_size=6)

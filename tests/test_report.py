@@ -127,6 +127,13 @@ def test_bootstrap_resamples_pages():
     assert Bootstrap(["page"] * 3).estimate([1.0, 1.0, 0.0]).low == pytest.approx(2 / 3)
 
 
+def test_bootstrap_over_some_questions_knows_no_others():
+    pages, values = np.repeat(np.arange(30), 2), np.arange(60) % 7 / 6
+    chosen = np.arange(60) % 2 == 0
+    some = Bootstrap(pages).estimate_where(np.where(chosen, values, np.nan), chosen)
+    assert some == Bootstrap(pages[chosen]).estimate(values[chosen])
+
+
 def test_records_are_read_as_written(tmp_path):
     path = tmp_path / "records.jsonl"
     assert read_records(path) == []

@@ -11,6 +11,7 @@ from double_precision import as_double, in_double_precision
 from safetensors.torch import load_file
 from stage1_data import GLIMPSE, collate, recipe_of
 
+from glimpseprune.data.visual_cot import VisualCoTError
 from glimpseprune.data.visual_cot_collator import IGNORED_LABEL, repeat_visuals
 from glimpseprune.training import stage1_losses
 from glimpseprune.training.base import load_for_training
@@ -231,6 +232,21 @@ def test_distillation_learns_without_boxes_and_answers(base, bare_data, tmp_path
     changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
     assert changed and all(name.startswith("model.glimpse.") for name in changed)
     assert summary["questions"] == 6
+
+
+def test_grounding_learns_on_request_that_nothing_is_to_be_seen(base, data, tmp_path):
+    lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    emptied = data.with_name("emptied.jsonl")
+    emptied.write_text("".join(json.dumps(line | {"bboxs": []}) + "\n" for line in lines))
+    settings = {"training.max_steps": 20, "training.answer_weight": 0.0}
+    with pytest.raises(VisualCoTError, match="bboxs is empty"):
+        train_stage1(recipe_of(base, emptied, tmp_path / "refused", **settings))
+    recipe = recipe_of(
+        base, emptied, tmp_path / "taught", learn_rows_without_boxes=True, **settings
+    )
+    train_stage1(recipe)
+    losses = [entry["dice_loss"] for entry in logged(recipe)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_grounding_wants_boxes_and_answers(base, bare_data, tmp_path):

@@ -1,4 +1,4 @@
-"""`hub_configs/tiny` and `tiny_early`: complete, small, and loadable as users load them."""
+"""The tiny repositories: complete, small, and loadable as users load them."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from fresh_process import run_fresh
 from glimpseprune.hub.remote_code import code_files, with_code
 from glimpseprune.package_files import SAMPLE_PAGE, TINY_EARLY, TINY_MODEL
 
+TINY_DEEP = TINY_MODEL.with_name("tiny_deep")
 FOLDERS = pytest.mark.parametrize(
-    "folder", [TINY_MODEL, TINY_EARLY], ids=lambda folder: folder.name
+    "folder", [TINY_MODEL, TINY_EARLY, TINY_DEEP], ids=lambda folder: folder.name
 )
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 FRESH_PROCESS = """
@@ -57,8 +58,9 @@ def test_code_files_are_links_and_complete(folder):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "processor_config.json"])
-def test_both_read_prompts_alike(name):
-    assert (TINY_EARLY / name).read_bytes() == (TINY_MODEL / name).read_bytes()
+@pytest.mark.parametrize("folder", [TINY_EARLY, TINY_DEEP], ids=lambda folder: folder.name)
+def test_all_read_prompts_alike(name, folder):
+    assert (folder / name).read_bytes() == (TINY_MODEL / name).read_bytes()
 
 
 def test_a_folder_without_its_code_is_completed_once(tmp_path, monkeypatch):
@@ -91,7 +93,10 @@ def test_a_copy_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         with_code(tmp_path / "tiny")
 
 
-@pytest.mark.parametrize(("folder", "limit"), [(TINY_MODEL, 12_000_000), (TINY_EARLY, 1_000_000)])
+@pytest.mark.parametrize(
+    ("folder", "limit"),
+    [(TINY_MODEL, 12_000_000), (TINY_EARLY, 1_000_000), (TINY_DEEP, 16_000_000)],
+)
 def test_repositories_are_small(folder, limit):
     assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix != ".py") <= limit
 
@@ -106,6 +111,7 @@ def auto_model_names() -> list[str]:
     [
         *((TINY_MODEL, name, 1) for name in auto_model_names()),
         (TINY_EARLY, "AutoModelForImageTextToText", 0),
+        (TINY_DEEP, "AutoModelForImageTextToText", 5),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else str(value),
 )

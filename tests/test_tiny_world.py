@@ -8,14 +8,15 @@ import torch
 
 from glimpseprune.cli import main
 from glimpseprune.tiny_world.accuracy import chat_prompt, held_out_questions
+from glimpseprune.tiny_world.asking import LONGEST_LIST, ask
 from glimpseprune.tiny_world.cards import card_targets, character_targets
+from glimpseprune.tiny_world.links import link_targets
 from glimpseprune.tiny_world.pages import (
     KINDS,
     LETTERS,
     SPLITS,
     TOKEN,
     PageSettings,
-    ask,
     draw_page,
     make_page,
     page_generator,
@@ -120,16 +121,56 @@ def test_every_kind_of_question_is_answered_by_its_boxes(kind):
         page = page_at(index)
         for question in ask(page, kind, 4, page_generator(1, "train", index)):
             labels = [label for label in page.labels if label.box in question.boxes]
-            assert question.kind == kind and len(labels) == len(question.boxes) > 0
+            assert question.kind == kind and len(labels) == len(question.boxes)
+            assert bool(labels) == (kind != "none")
             if kind == "value":
                 assert labels[0].key in question.text and question.answer == labels[0].value
             if kind == "colour":
                 assert labels[0].key in question.text and question.answer == labels[0].colour
             if kind == "compare":
                 assert question.answer == max(labels, key=lambda label: int(label.value)).key
+            if kind == "pair":
+                first, second = (
+                    label for box in question.boxes for label in labels if label.box == box
+                )
+                assert question.text.endswith(f" {first.key}, {second.key}?")
+                assert question.answer == f"{first.value},{second.value}"
             if kind == "count":
                 assert question.answer == str(len(labels))
                 assert {label.colour in question.text for label in labels} == {True}
+
+
+def test_an_absent_key_is_none_of_the_page():
+    for index in range(10):
+        page = page_at(index)
+        asked = ask(page, "none", 6, page_generator(1, "train", index))
+        keys = {question.text.removeprefix("What is the value of ")[:2] for question in asked}
+        assert len(keys) == 6 and not keys & {label.key for label in page.labels}
+        assert {question.answer for question in asked} == {"none"}
+
+
+def test_a_neighbour_lies_in_the_next_slot_of_the_row():
+    asked = 0
+    for index in range(10):
+        page = page_at(index)
+        by_key = {label.key: label for label in page.labels}
+        for question in ask(page, "neighbour", 4, page_generator(1, "train", index)):
+            label = by_key[question.text.removeprefix("What is the left label of ")[:2]]
+            left = by_key[question.answer]
+            assert question.boxes == (left.box, label.box)
+            assert 0 <= label.tile[0] - left.tile[2] <= 4
+            assert abs(label.tile[1] - left.tile[1]) <= 2
+            asked += 1
+    assert asked > 20
+
+
+def test_a_list_names_all_labels_of_a_colour_in_reading_order():
+    for index in range(10):
+        page = page_at(index)
+        for question in ask(page, "list", 8, page_generator(1, "train", index)):
+            colour = question.text.removeprefix("Which labels are ").removesuffix("?")
+            keys = [label.key for label in page.labels if label.colour == colour]
+            assert question.answer.split(",") == keys and 0 < len(keys) <= LONGEST_LIST
 
 
 def test_keys_of_a_page_differ():
@@ -148,6 +189,23 @@ def test_page_descriptions_hold_every_character_and_the_owner_of_its_token():
         card = cards[int(y // TOKEN), int(x // TOKEN)]
         assert [LETTERS[entry - 1] for entry in card[:2]] == list(label.key)
         assert card[2] == 1 + int(label.value[0])
+
+
+def test_links_are_the_label_on_the_left_and_the_one_of_the_colour_before():
+    page = page_at(3, settings=PageSettings(grids=((12, 12),), filled=(1.0, 1.0)))
+    links = link_targets(page).reshape(12, 12, 2, 2)
+    found = 0
+    for number, label in enumerate(page.labels):
+        left = [page.labels[number - 1]] if number % 3 else []
+        before = [each for each in page.labels[:number] if each.colour == label.colour][-1:]
+        x, y = label.marks[0].centre
+        for told, wanted in zip(
+            links[int(y // TOKEN), int(x // TOKEN)], (left, before), strict=True
+        ):
+            key = [LETTERS[letter - 1] if letter else None for letter in told]
+            assert key == (list(wanted[0].key) if wanted else [None, None])
+            found += len(wanted)
+    assert found >= 15 and (links == -1).any()
 
 
 def test_make_pages_writes_what_datasets_reads(tmp_path, capsys):

@@ -143,6 +143,7 @@ def test_image_folder_stands_in_for_the_files_own(folder, tmp_path_factory):
         (ROW | {"bboxs": [[10, 20, 113, 40]]}, "outside the image of 112 x 84 pixels"),
         (ROW | {"bboxs": [[-1, 20, 10, 40]]}, "outside the image"),
         (ROW | {"bboxs": []}, "bboxs is empty"),
+        (ROW | {"kind": 3}, "kind must be a string, got 3"),
         (ROW | {"image": "nowhere.png"}, "there is no image .*nowhere.png"),
     ],
 )
@@ -155,6 +156,11 @@ def test_bad_lines_name_file_and_line(folder, row, message):
 def test_rows_without_boxes_are_skipped_on_request(folder):
     path = write_lines(folder, ROW | {"bboxs": []}, ROW)
     assert len(read_visual_cot(path, skip_rows_without_boxes=True)) == 1
+
+
+def test_kinds_are_read_where_they_are_told(folder):
+    rows = read_visual_cot(write_lines(folder, ROW | {"kind": "count"}, ROW))
+    assert [row.kind for row in rows] == ["count", None]
 
 
 def test_boxes_and_answers_may_be_left_out_on_request(folder):

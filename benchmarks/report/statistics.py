@@ -33,12 +33,18 @@ class Bootstrap:
         generator = np.random.default_rng(seed)
         drawn = generator.integers(len(names), size=(resamples, len(names)))
         self.times = np.stack([np.bincount(row, minlength=len(names)) for row in drawn])
-        self.questions = self.times @ np.bincount(self.page, minlength=len(names))
 
     def estimate(self, values: Sequence[float]) -> Estimate:
         """Mean of one value a question, with a percentile interval."""
-        values = np.asarray(values, dtype=np.float64)
-        sums = np.bincount(self.page, weights=values, minlength=self.times.shape[1])
-        means = self.times @ sums / self.questions
+        return self.estimate_where(values, np.ones(len(self.page), dtype=bool))
+
+    def estimate_where(self, values: Sequence[float], chosen: np.ndarray) -> Estimate:
+        """The same over chosen questions only, `(questions,)` bool; resamples without any count
+        for nothing."""
+        values = np.asarray(values, dtype=np.float64)[chosen]
+        pages, count = self.page[chosen], self.times.shape[1]
+        asked = self.times @ np.bincount(pages, minlength=count)
+        sums = self.times @ np.bincount(pages, weights=values, minlength=count)
+        means = sums[asked > 0] / asked[asked > 0]
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(float(values.mean()), float(low), float(high))

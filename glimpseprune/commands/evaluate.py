@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-folder", type=Path, help="default: the data file's folder")
     parser.add_argument("--questions", type=int, default=1000, help="at most so many")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["value"], help="of the tiny world's questions"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the pages and the random masks")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=16)
@@ -36,7 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     model, processor = load_model(arguments.model, dtype=arguments.dtype)
     samples = read_samples(
-        arguments.data, arguments.image_folder, arguments.questions, arguments.seed
+        arguments.data,
+        arguments.image_folder,
+        arguments.questions,
+        arguments.seed,
+        tuple(arguments.kinds),
     )
     methods = evaluated_methods(arguments.seed)
     evaluation = evaluate(
@@ -52,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name, answers in zip(methods, evaluation.answers, strict=True):
         results[name] = summarise(answers)
         _print_row(name, results[name]["all"])
+        for kind in sorted({sample.kind for sample in samples if sample.kind}):
+            if kind in results[name]:
+                _print_row(f"  {kind}", results[name][kind])
     print(f"time in the model: {evaluation.seconds_in_model / evaluation.seconds:.1%}")
     report = {"settings": _describe(arguments, model, len(samples)), "results": results}
     if arguments.output:
@@ -102,7 +112,10 @@ def read_samples(
     with tempfile.TemporaryDirectory() as folder:
         if tiny_world:
             data = _write_pages(Path(folder), questions, seed, kinds, split)
-        needs = {"need_boxes": need_references, "need_answers": need_references}
+        needs = {
+            "need_boxes": need_references and not tiny_world,
+            "need_answers": need_references,
+        }
         rows = read_visual_cot(data, image_folder, **needs)[:questions]
         images = {path: open_image(path) for path in dict.fromkeys(row.image for row in rows)}
     return [
@@ -115,6 +128,7 @@ def read_samples(
             (row.width, row.height),
             row.image,
             number,
+            row.kind,
         )
         for number, row in enumerate(rows)
     ]
@@ -127,7 +141,7 @@ def _write_pages(
     from ..tiny_world.pages import PageSettings
 
     questions_a_page = 4
-    pages = range(-(-questions // questions_a_page) + questions // 20 + 1)
+    pages = range(-(-questions // (questions_a_page * len(kinds))) + questions // 20 + 1)
     settings = PageSettings(kinds=kinds)
     return write_pages(folder, split, pages, seed, settings, questions_a_page)
 

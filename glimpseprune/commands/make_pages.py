@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kinds",
         nargs="+",
         default=["value"],
-        choices=("value", "colour", "compare", "count"),
+        choices=("value", "colour", "compare", "count", "none", "neighbour", "list", "pair"),
         help="kinds of questions",
     )
     parser.add_argument("--questions", type=int, default=4, help="questions a page and kind")

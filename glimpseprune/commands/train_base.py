@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the model")
     parser.add_argument("--start", type=Path, help="model folder to go on from, not from nothing")
+    parser.add_argument(
+        "--start-vision", type=Path, help="model folder to take the vision encoder from, no more"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="time between savings")
@@ -40,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"resuming after step {trainer.step} of {recipe.total_steps}")
     elif arguments.start:
         trainer.start_from(arguments.start)
+    elif arguments.start_vision:
+        trainer.start_vision_from(arguments.start_vision)
     trainer.train(save_minutes=arguments.save_minutes)
     print(json.dumps(write_summary(trainer), indent=2))
     return 0

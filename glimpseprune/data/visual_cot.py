@@ -3,9 +3,9 @@
 Two forms are read. JSON lines (`.jsonl`) are Visual-CoT's metadata, and the tiny world's: each line
 holds `question`, `answer`, `image` (a path relative to a folder), `bboxs` (a list of
 `[x0, y0, x1, y1]` in pixels, ends excluded), `dataset`, and the `width` and `height` that the boxes
-refer to. JSON (`.json`) is the form of its training set and its benchmark: a list of conversations,
-see `conversation_fields`. Other fields are ignored. Boxes lie on the picture as people see it,
-turned where its EXIF orientation says so.
+refer to; it may hold `kind`, what sort of question it is. JSON (`.json`) is the form of its
+training set and its benchmark: a list of conversations, see `conversation_fields`. Other fields are
+ignored. Boxes lie on the picture as people see it, turned where its EXIF orientation says so.
 """
 
 import json
@@ -43,6 +43,7 @@ class VisualCoTRow:
         answer: None where there is none.
         boxes: where the evidence is, `(x0, y0, x1, y1)` in pixels of a `width` x `height` image.
         dataset: name of the data set that the question comes from.
+        kind: what sort of question it is, where the data say so.
     """
 
     question: str
@@ -52,6 +53,7 @@ class VisualCoTRow:
     width: int
     height: int
     dataset: str
+    kind: str | None = None
 
 
 class VisualCoTDataset(Dataset):
@@ -282,6 +284,8 @@ def _parse_row(line: str, folder: Path, optional: dict[str, object]) -> VisualCo
         if not isinstance(fields[name], str):
             raise ValueError(f"{name} must be a string, got {fields[name]!r}")
     width, height = (_side(name, fields[name]) for name in ("width", "height"))
+    if not isinstance(fields.get("kind"), str | None):
+        raise ValueError(f"kind must be a string, got {fields['kind']!r}")
     if not isinstance(fields["bboxs"], list):
         raise ValueError(f"bboxs must be a list of boxes, got {fields['bboxs']!r}")
     return VisualCoTRow(
@@ -292,6 +296,7 @@ def _parse_row(line: str, folder: Path, optional: dict[str, object]) -> VisualCo
         width=width,
         height=height,
         dataset=fields["dataset"],
+        kind=fields.get("kind"),
     )
 
 

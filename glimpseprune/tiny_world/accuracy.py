@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .pages import Page, PageSettings, Question, ask, draw_page, make_page, page_generator
+from .asking import ask
+from .pages import Page, PageSettings, Question, draw_page, make_page, page_generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pages import Page, PageSettings, Question, ask, draw_page, make_page, page_generator
+from .asking import ask
+from .pages import Page, PageSettings, Question, draw_page, make_page, page_generator
 
 DATASET_NAME = "tiny_world"
 

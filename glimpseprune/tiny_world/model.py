@@ -9,6 +9,7 @@ their fan-in, with the layers' last projections near zero.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,13 @@ ROTARY_BASE = 1000.0
 CODE_SCALE = 0.3  # standard deviation of the embeddings' entries
 
 
-def tiny_config(processor: ProcessorMixin) -> Qwen2_5_VLConfig:
-    """The configuration of the tiny base for a processor's vocabulary."""
+def tiny_config(
+    processor: ProcessorMixin, decoder: Mapping[str, int] | None = None
+) -> Qwen2_5_VLConfig:
+    """The configuration of the tiny base for a processor's vocabulary.
+
+    `decoder` replaces fields of the text configuration, the number of layers say.
+    """
     from transformers import Qwen2_5_VLConfig
 
     ids = processor.tokenizer.convert_tokens_to_ids
@@ -45,13 +51,14 @@ def tiny_config(processor: ProcessorMixin) -> Qwen2_5_VLConfig:
         "bos_token_id": ids("<|endoftext|>"),
         "eos_token_id": ids("<|im_end|>"),
         "pad_token_id": ids("<|endoftext|>"),
+        **(decoder or {}),
     }
     vision = {
         "depth": 4,
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_heads": 4,
-        "out_hidden_size": 192,
+        "out_hidden_size": text["hidden_size"],
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -70,11 +77,13 @@ def tiny_config(processor: ProcessorMixin) -> Qwen2_5_VLConfig:
     )
 
 
-def fresh_base(processor: ProcessorMixin, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def fresh_base(
+    processor: ProcessorMixin, seed: int, decoder: Mapping[str, int] | None = None
+) -> Qwen2_5_VLForConditionalGeneration:
     """A tiny base with weights drawn from `seed`, in float32."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration(tiny_config(processor)).float()
+    model = Qwen2_5_VLForConditionalGeneration(tiny_config(processor, decoder)).float()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         _draw(name, parameter, generator)

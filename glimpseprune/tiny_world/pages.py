@@ -11,7 +11,6 @@ by its hash, and a page of a split holds only pairs of that split.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +21,7 @@ TOKEN = 28  # pixels a side of one visual token: patch 14, merged two by two
 SLOT_COLUMNS, SLOT_ROWS = 4, 2  # tokens a slot
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which look like digits
 SPLITS = ("train", "validation", "test")
-KINDS = ("value", "colour", "compare", "count")
+KINDS = ("value", "colour", "compare", "count", "none", "neighbour", "list", "pair")
 TILE_COLOURS = {
     "red": (236, 120, 112),
     "orange": (244, 178, 104),
@@ -187,39 +186,10 @@ def draw_page(page: Page) -> np.ndarray:
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-def ask(page: Page, kind: str, number: int, generator: np.random.Generator) -> list[Question]:
-    """Up to `number` different questions of a kind; fewer where the page has no more to ask."""
-    order = [page.labels[i] for i in generator.permutation(len(page.labels))]
-    if kind == "value":
-        return [_value_question(label) for label in order[:number]]
-    if kind == "colour":
-        return [_colour_question(label) for label in order[:number]]
-    if kind == "compare":
-        pairs = [(a, b) for a, b in zip(order, order[1:], strict=False) if a.value != b.value]
-        return [_compare_question(a, b) for a, b in pairs[:number]]
-    if kind == "count":
-        colours = list(dict.fromkeys(label.colour for label in order))
-        return [_count_question(page.labels, colour) for colour in colours[:number]]
-    raise ValueError(f"kind: {kind!r} is not one of {KINDS}")
-
-
-def _value_question(label: Label) -> Question:
-    return Question("value", f"What is the value of {label.key}?", label.value, (label.box,))
-
-
-def _colour_question(label: Label) -> Question:
-    return Question("colour", f"What is the colour of {label.key}?", label.colour, (label.box,))
-
-
-def _compare_question(first: Label, second: Label) -> Question:
-    larger = max(first, second, key=lambda label: int(label.value))
-    text = f"Which is larger, {first.key} or {second.key}?"
-    return Question("compare", text, larger.key, (first.box, second.box))
-
-
-def _count_question(labels: Sequence[Label], colour: str) -> Question:
-    boxes = tuple(label.box for label in labels if label.colour == colour)
-    return Question("count", f"How many labels are {colour}?", str(len(boxes)), boxes)
+def in_next_slot(label: Label, right: Label) -> bool:
+    """Whether `right` lies in the slot on the right of the label's; tiles vary by a few pixels."""
+    step = SLOT_COLUMNS * TOKEN
+    return abs(right.tile[0] - label.tile[0] - step) < 8 and abs(right.tile[1] - label.tile[1]) < 8
 
 
 def _slots(

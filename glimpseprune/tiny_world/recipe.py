@@ -24,7 +24,12 @@ class Stage:
     The weights are those of the losses for reading, for cards, and for being like the codes.
     `fit_batches` above 0 starts the stage by fitting the vision encoder's last layer to the codes
     on that many batches; `code_noise` is added to codes that stand in for images; `blind` hides
-    the image from the tokens of every other question (see `packing`).
+    the image from the tokens of every other question (see `packing`). `page_from_layer` holds the
+    page back from all text in the decoder layers below it, so that looking is learned above; a
+    training ends with 0, for a finished model sees everything. `freeze_vision` leaves the vision
+    encoder be. `link_weight` is that of the loss on what labels have to do with one another (see
+    `links`), read off the visual tokens after the decoder layer `link_layer`. `by_question` lets
+    each question count alike in the answers' loss, not each token.
     """
 
     name: str
@@ -44,6 +49,11 @@ class Stage:
     code_noise: float = 0.0
     fit_batches: int = 0
     blind: bool = False
+    page_from_layer: int = 0
+    freeze_vision: bool = False
+    link_weight: float = 0.0
+    link_layer: int = 0
+    by_question: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -54,7 +64,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages and the optimisers' settings."""
+    """The stages, the optimisers' settings and, in `decoder`, other sizes of the language model."""
 
     stages: tuple[Stage, ...]
     matrix_rate: float = 0.004
@@ -62,6 +72,7 @@ class Recipe:
     embedding_rate: float = 0.0003
     weight_decay: float = 0.01
     clip: float = 1.0
+    decoder: dict[str, int] = field(default_factory=dict)
     evaluation_grids: tuple[tuple[int, int], ...] = ((8, 8), (12, 12))
     evaluation_questions: int = 1000
 

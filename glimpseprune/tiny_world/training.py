@@ -19,15 +19,18 @@ from torch import nn
 from torch.nn import functional
 
 from .accuracy import generation_accuracy
+from .asking import ask
 from .cards import CardCodes, PageHeads, card_targets, character_targets, entry_tokens
+from .forward import answer_figures, kept_states
+from .links import LinkHead, link_targets
 from .model import CODE_SCALE, fresh_base, save_base
+from .optimisers import optimisers_of
 from .packing import PackedBatch, Packer
 from .pages import (
     KINDS,
     Page,
     PageSettings,
     Question,
-    ask,
     draw_page,
     make_page,
     page_generator,
@@ -48,8 +51,9 @@ class Batch:
     """Pages of one grid with questions and what is to be seen on them.
 
     `packed` is None where nothing is asked. `patches` `(patches, 1176)` is None where pages are
-    given as codes. `characters` `(tokens, cells)` and `cards` `(tokens, slots)` are the classes
-    of all pages' tokens.
+    given as codes. `characters` `(tokens, cells)`, `cards` `(tokens, slots)` and `links`
+    `(tokens, letters)` are the classes of all pages' tokens. `kinds` are those of the questions,
+    page by page.
     """
 
     grid: tuple[int, int]
@@ -58,6 +62,8 @@ class Batch:
     patches: torch.Tensor | None
     characters: torch.Tensor
     cards: torch.Tensor
+    links: torch.Tensor
+    kinds: list[str]
 
 
 class BaseTrainer:
@@ -65,14 +71,17 @@ class BaseTrainer:
 
     def __init__(self, recipe: Recipe, processor: ProcessorMixin, output: Path, seed: int) -> None:
         self.recipe, self.processor, self.output, self.seed = recipe, processor, output, seed
-        self.model = fresh_base(processor, seed)
+        self.model = fresh_base(processor, seed, recipe.decoder)
         self.model.set_attn_implementation("eager")  # on a CPU its backward pass is the fastest
         width = self.model.config.text_config.hidden_size
         embeddings = self.model.get_input_embeddings().weight
         self.codes = CardCodes(embeddings, entry_tokens(processor.tokenizer), seed)
         self.heads = PageHeads(width, self.codes, seed)
+        self.links = LinkHead(width, seed)
         self.packer = Packer(processor)
-        self.optimisers = _optimisers(self.model, self.heads, recipe)
+        self.optimisers = optimisers_of(
+            self.model, [*self.heads.parameters(), *self.links.parameters()], recipe
+        )
         self.step, self.pages_seen, self.seconds = 0, 0, 0.0
 
     def start_from(self, folder: Path) -> None:
@@ -84,14 +93,27 @@ class BaseTrainer:
         Raises:
             ValueError: where the folder's weights are not those of a tiny base.
         """
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / "model.safetensors")
-        base = {name: each for name, each in weights.items() if ".glimpse." not in name}
         try:
-            self.model.load_state_dict(base)
+            self.model.load_state_dict(_base_weights(folder))
         except RuntimeError as error:
             raise ValueError(f"{folder} holds no tiny base: {error}") from None
+
+    def start_vision_from(self, folder: Path) -> None:
+        """Take the vision encoder's weights from a model folder; all others stay random.
+
+        Raises:
+            ValueError: where the folder holds no vision encoder of the tiny base's sizes.
+        """
+        prefix = "model.visual."
+        weights = {
+            name.removeprefix(prefix): each
+            for name, each in _base_weights(folder).items()
+            if name.startswith(prefix)
+        }
+        try:
+            self.model.model.visual.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds no vision encoder to start from: {error}") from None
 
     def train(
         self, save_minutes: float = 3.0, progress: bool = True, last_step: int | None = None
@@ -125,6 +147,7 @@ class BaseTrainer:
         save_base(self.model, self.processor, self.output)
         state = {
             "heads": self.heads.state_dict(),
+            "links": self.links.state_dict(),
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "counters": (self.step, self.pages_seen, self.seconds),
@@ -140,6 +163,7 @@ class BaseTrainer:
             return False
         state = torch.load(path, weights_only=True)
         self.heads.load_state_dict(state["heads"])
+        self.links.load_state_dict(state["links"])
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -165,7 +189,11 @@ class BaseTrainer:
         with torch.autocast("cpu", torch.bfloat16):
             figures = self._figures(stage, batch)
         figures["loss"].backward()
-        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        parameters = [
+            *self.model.parameters(),
+            *self.heads.parameters(),
+            *self.links.parameters(),
+        ]
         figures["norm"] = nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -196,6 +224,8 @@ class BaseTrainer:
             torch.cat([page_patches(draw_page(page)) for page in pages]) if images else None,
             torch.from_numpy(np.concatenate([character_targets(page) for page in pages])),
             torch.from_numpy(np.concatenate([card_targets(page) for page in pages])),
+            torch.from_numpy(np.concatenate([link_targets(page) for page in pages])),
+            [question.kind for of_page in questions for question in of_page],
         )
 
     def _pack(
@@ -214,16 +244,30 @@ class BaseTrainer:
             tokens = tokens + stage.code_noise * torch.randn(tokens.shape, generator=noise)
             loss = tokens.new_zeros(())
         else:
-            tokens = self._see(batch)
+            with torch.set_grad_enabled(not stage.freeze_vision):
+                tokens = self._see(batch)
             figures |= self.heads.losses(tokens, batch.characters, batch.cards)
             loss = stage.read_weight * figures["read_loss"]
             loss = loss + stage.card_weight * figures["card_loss"]
             figures["code_loss"] = (tokens - self.codes(batch.cards)).square().mean()
             loss = loss + stage.code_weight * figures["code_loss"] / CODE_SCALE**2
         if batch.packed is not None:
-            answers = answer_figures(self.model, batch.packed, tokens)
+            layer = self.model.model.language_model.layers[stage.link_layer]
+            with kept_states(layer) as states:
+                answers = answer_figures(
+                    self.model,
+                    batch.packed,
+                    tokens,
+                    stage.page_from_layer,
+                    batch.kinds if len(stage.kinds) > 1 else (),
+                    stage.by_question,
+                )
             figures |= answers
             loss = loss + answers["answer_loss"]
+            if stage.link_weight:
+                image = batch.packed.input_ids == self.model.config.image_token_id
+                figures |= self.links.figures(states[0][image], batch.links)
+                loss = loss + stage.link_weight * figures["link_loss"]
         return figures | {"loss": loss}
 
     def _see(self, batch: Batch) -> torch.Tensor:
@@ -303,44 +347,26 @@ def write_summary(trainer: BaseTrainer) -> dict[str, object]:
     return summary
 
 
-def answer_figures(
-    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Answer loss and share of questions with every answer token right, teacher forced.
+def _base_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder's weights without a glimpse's, by the names of the stock model's modules.
 
-    `visual_tokens` is `(visual tokens of all pages, width)`, in the order of the placeholders.
+    Files written by `train-base` have the names of published checkpoints.
     """
-    hidden = packed_hidden_states(model, packed, visual_tokens)
-    wanted = packed.labels != -100
-    logits = model.lm_head(hidden[wanted]).float()
-    labels = packed.labels[wanted]
-    question = (packed.block + 10_000 * torch.arange(len(packed.block))[:, None])[wanted]
-    _, number = question.unique(return_inverse=True)
-    hits = (logits.argmax(-1) == labels).float()
-    right = torch.ones(int(number.max()) + 1).scatter_reduce(0, number, hits, "amin")
-    return {
-        "answer_loss": functional.cross_entropy(logits, labels),
-        "token_accuracy": hits.mean(),
-        "accuracy": right.mean(),
-    }
+    from safetensors.torch import load_file
 
-
-def packed_hidden_states(
-    model: nn.Module, packed: PackedBatch, visual_tokens: torch.Tensor
-) -> torch.Tensor:
-    """The language model's last hidden states `(batch, length, width)` of packed sequences."""
-    language_model = model.model.language_model
-    embeddings = language_model.embed_tokens(packed.input_ids)
-    images = (packed.input_ids == model.config.image_token_id)[..., None]
-    embeddings = embeddings.masked_scatter(images, visual_tokens.to(embeddings.dtype))
-    mask = torch.zeros(packed.visible.shape, dtype=embeddings.dtype)
-    mask.masked_fill_(~packed.visible, torch.finfo(mask.dtype).min)
-    return language_model(
-        inputs_embeds=embeddings,
-        position_ids=packed.position_ids,
-        attention_mask={"full_attention": mask},
-        use_cache=False,
-    ).last_hidden_state
+    weights = load_file(folder / "model.safetensors")
+    published = not any(name.startswith("model.language_model.") for name in weights)
+    places = {"visual.": "model.visual.", "model.": "model.language_model."} if published else {}
+    named = {}
+    for name, each in weights.items():
+        if ".glimpse." in name:
+            continue
+        for old, new in places.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        named[name] = each
+    return named
 
 
 def _mixed_questions(page: Page, stage: Stage, generator: np.random.Generator) -> list[Question]:
@@ -360,39 +386,3 @@ def _rate_factor(stage: Stage, step: int) -> float:
     first, last = stage.rate
     warm = min(1.0, (step + 1) / stage.warm_up) if stage.warm_up else 1.0
     return warm * (first + (last - first) * step / stage.steps)
-
-
-def _optimisers(model: nn.Module, heads: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for everything else.
-
-    Raises:
-        ValueError: where PyTorch is older than 2.9 and has no Muon.
-    """
-    try:
-        from torch.optim import Muon
-    except ImportError:
-        raise ValueError(f"training needs torch >= 2.9 for Muon, not {torch.__version__}") from None
-    matrices, others, embeddings = [], [], []
-    for name, parameter in model.named_parameters():
-        inside = parameter.dim() == 2 and "lm_head" not in name
-        group = embeddings if "embed_tokens" in name else matrices if inside else others
-        group.append(parameter)
-    muon = Muon(
-        matrices,
-        lr=recipe.matrix_rate,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [*others, *heads.parameters()]},
-            {"params": embeddings, "lr": recipe.embedding_rate},
-        ],
-        lr=recipe.other_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-    )
-    for optimiser in (muon, adamw):
-        for group in optimiser.param_groups:
-            group["base_rate"] = group["lr"]
-    return [muon, adamw]

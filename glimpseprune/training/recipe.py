@@ -29,6 +29,7 @@ class TrainingRecipe:
         output: folder to be written.
         max_questions: use the first so many questions of `data`.
         skip_rows_without_boxes: leave such rows out instead of refusing them.
+        learn_rows_without_boxes: take them for questions of which nothing is to be seen.
         min_pixels, max_pixels: bounds on a training image's area; default: the processor's.
         attn_implementation: as `from_pretrained` takes it.
     """
@@ -39,6 +40,7 @@ class TrainingRecipe:
     output: str | None = None
     max_questions: int | None = None
     skip_rows_without_boxes: bool = False
+    learn_rows_without_boxes: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
     attn_implementation: str | None = None

@@ -85,7 +85,7 @@ def _dataset(recipe: Stage1Recipe, config: Stage1Config, path: str) -> VisualCoT
         path,
         recipe.image_folder,
         recipe.skip_rows_without_boxes,
-        need_boxes=config.needs_boxes,
+        need_boxes=config.needs_boxes and not recipe.learn_rows_without_boxes,
         need_answers=config.needs_answers,
     )
     if path == recipe.data:

@@ -1,0 +1,58 @@
+"""The benchmark of the deeper base: what it counts by kind, and where it says that a base looks."""
+
+import pytest
+import torch
+
+from benchmarks.deep_base.__main__ import highest
+from benchmarks.deep_base.looking import _recall
+from benchmarks.deep_base.rows import Row, evidence_share, table
+from benchmarks.report.statistics import Bootstrap
+from glimpseprune.baselines.method import Method, OwnPruning
+from glimpseprune.evaluation import Answer
+from glimpseprune.sample import Sample
+
+SAMPLES = [
+    Sample(None, "?", "1", kind="value", boxes=((0, 0, 5, 5),), size=(10, 10)),
+    Sample(None, "?", "2", kind="value", boxes=((0, 0, 10, 5),), size=(10, 10)),
+    Sample(None, "?", "none", kind="none", size=(10, 10)),
+]
+
+
+def answers(scores, kept):
+    return [
+        Answer(sample, "", score, 10, 5, (10, count))
+        for sample, score, count in zip(SAMPLES, scores, kept, strict=True)
+    ]
+
+
+def test_figures_are_by_kind_and_over_the_base():
+    base = Row.of(Method(), answers([1.0, 1.0, 1.0], [10, 10, 10]))
+    keep = [torch.tensor([True, False]), torch.tensor([True, True]), torch.tensor([False, False])]
+    evidence = [torch.tensor([True, True]), torch.tensor([True, True]), torch.tensor([False] * 2)]
+    row = Row.of(OwnPruning(), answers([1.0, 0.0, 1.0], [3, 5, 1]), keep, evidence)
+    figures = row.figures(base, Bootstrap(["a", "a", "b"]))
+    assert figures["accuracy"]["value"]["mean"] == 0.5
+    assert figures["accuracy"]["none"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "questions": 1}
+    assert figures["over_base"]["all"]["mean"] == pytest.approx(-1 / 3)
+    assert figures["kept"]["value"]["mean"] == pytest.approx(0.4)
+    assert figures["evidence_kept"]["value"]["mean"] == 0.75
+    assert "none" not in figures["evidence_kept"]
+    assert figures["kept_with_evidence"] == pytest.approx(1.0, abs=0.02)  # .3, .5, .1: .25, .5, 0
+    assert [evidence_share(sample) for sample in SAMPLES] == [0.25, 0.5, 0.0]
+    figures["kinds below 99 % of the base"] = ["value"]
+    shown = table({"rows": {row.name: figures}})
+    assert "0.500 (0.75)" in shown and shown.endswith("| value |")
+
+
+def test_the_best_scored_share_is_kept():
+    assert highest(torch.tensor([0.1, 3.0, -1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
+    assert highest(torch.tensor([0.1, 3.0]), 0.1).sum() == 1
+
+
+def test_recall_counts_evidence_among_the_best_attended():
+    attention = torch.zeros(2, 20)
+    attention[0, 3], attention[0, 4], attention[1, 5] = 1.0, 0.5, 1.0
+    attention[1, 4] = 0.1
+    evidence = torch.zeros(20, dtype=torch.bool)
+    evidence[3:5] = True
+    assert _recall(attention, evidence).tolist() == [1.0, 0.5]

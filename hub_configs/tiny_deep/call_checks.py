@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/call_checks.py

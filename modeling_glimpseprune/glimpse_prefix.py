@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,36 +11,10 @@ from transformers.cache_utils import DynamicCache
 from .fingerprints import fingerprint
 from .held_prompt import HeldPrompt
 from .prefix_file import write_parts
+from .prefix_parts import PrefixOrigin, of_parts, to_parts
 from .prompt_layout import behind_prefix
-from .pruned_cache import MARKS, ROW_MARKS, PrunedLayer
-from .shared_layer import SharedLayer, shared_cache
-from .visual_tokens import VisualTokens
-
-HELD_TENSORS = ("states", "position_ids", "rows", "order")
-ADDED = "additions."  # and a layer
-TOKEN_TENSORS = ("rows", "columns", "geometry", "item_rows", "grids", "feature_index", "encoded")
-
-
-@dataclass
-class PrefixOrigin:
-    """What a prefix was made of, which prompts that begin with it are held against.
-
-    Attributes:
-        input_ids: `(held rows, length)` on the host.
-        attention_mask: `(held rows, length)` bool on the host.
-        pixels: for each held row the hash of each visual, by the column of its first placeholder.
-        made_by: the fingerprint of the model.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    pixels: list[dict[int, str]]
-    made_by: str
-
-    def select_rows(self, rows: list[int]) -> "PrefixOrigin":
-        """The origin of some of the rows."""
-        pixels = [self.pixels[row] for row in rows]
-        return PrefixOrigin(self.input_ids[rows], self.attention_mask[rows], pixels, self.made_by)
+from .pruned_cache import PrunedLayer
+from .shared_layer import shared_cache
 
 
 class GlimpsePrefix(DynamicCache):
@@ -162,69 +135,12 @@ class GlimpsePrefix(DynamicCache):
 
     def parts(self) -> tuple[dict[str, torch.Tensor], dict]:
         """What this prefix holds, as named tensors and notes that JSON can hold."""
-        first, held, tokens = self.layers[0], self.held, self.held.tokens
-        tensors = {name: getattr(first, name) for name in ROW_MARKS}
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, SharedLayer):
-                tensors |= dict(zip(_names_of_layer(index), layer.held, strict=True))
-        tensors |= {name: getattr(held, name) for name in HELD_TENSORS}
-        tensors |= {f"{ADDED}{layer}": each for layer, each in held.additions.items()}
-        tensors |= {f"tokens.{name}": getattr(tokens, name) for name in TOKEN_TENSORS}
-        tensors |= {f"features.{index}": each for index, each in enumerate(tokens.features)}
-        tensors |= {"input_ids": self.origin.input_ids, "mask": self.origin.attention_mask}
-        notes = {name: getattr(first, name) for name in MARKS} | {
-            "layers": len(self.layers),
-            "prune_layer": held.prune_layer,
-            "left_out": held.dropped,
-            "in_place": held.in_place,
-            "features": len(tokens.features),
-            "kinds": tokens.kinds,
-            "sizes": tokens.sizes,
-            "pixels": [[*of_row.items()] for of_row in self.origin.pixels],
-            "made_by": self.origin.made_by,
-        }
-        return {name: each for name, each in tensors.items() if each is not None}, notes
+        return to_parts(self.layers, self.held, self.origin)
 
     @classmethod
     def of_parts(cls, tensors: dict[str, torch.Tensor], notes: dict) -> "GlimpsePrefix":
         """The prefix of which these are the `parts`."""
-        rows, item_rows = tensors["rows"].cpu(), tensors["tokens.item_rows"]
-        layers = []
-        for index in range(notes["layers"]):
-            layer, names = PrunedLayer(), _names_of_layer(index)
-            if names[0] in tensors:
-                layer = SharedLayer(*(tensors[name] for name in names), rows)
-            for name in MARKS:
-                setattr(layer, name, notes[name])
-            for name in ROW_MARKS:
-                setattr(layer, name, tensors.get(name))
-            layers.append(layer)
-        tokens = VisualTokens(
-            features=[tensors[f"features.{index}"] for index in range(notes["features"])],
-            kinds=notes["kinds"],
-            sizes=notes["sizes"],
-            **{name: tensors.get(f"tokens.{name}") for name in TOKEN_TENSORS},
-        )
-        additions = {
-            int(name.removeprefix(ADDED)): each
-            for name, each in tensors.items()
-            if name.startswith(ADDED)
-        }
-        held = HeldPrompt(
-            tensors["states"],
-            tensors["position_ids"],
-            rows,
-            tokens,
-            item_rows.tolist(),
-            notes["prune_layer"],
-            tensors.get("order"),
-            notes["left_out"],
-            additions,
-            notes["in_place"],
-        )
-        pixels = [{int(column): each for column, each in of_row} for of_row in notes["pixels"]]
-        ids, mask = (tensors[name].cpu() for name in ("input_ids", "mask"))
-        return cls(layers, held, PrefixOrigin(ids, mask, pixels, notes["made_by"]))
+        return cls(*of_parts(tensors, notes))
 
     def select_rows(self, rows: Sequence[int] | torch.Tensor) -> "GlimpsePrefix":
         """A prefix of some of these rows, in any order and as often as wanted; tensors are shared.
@@ -301,7 +217,3 @@ def check_made_by(prefix: GlimpsePrefix, model: nn.Module) -> None:
             "this prefix was made by another model, or by this one with other weights, another "
             "dtype or another adapter: look again with the model as it is now"
         )
-
-
-def _names_of_layer(index: int) -> tuple[str, str]:
-    return f"layers.{index}.keys", f"layers.{index}.values"

@@ -10,9 +10,10 @@ from transformers.cache_utils import Cache
 from .encode_choice import ENCODE_ARGUMENTS, NONE_BEHIND
 from .fingerprints import fingerprint
 from .given_visuals import GivenVisual
-from .glimpse_prefix import GlimpsePrefix, PrefixOrigin, check_made_by
+from .glimpse_prefix import GlimpsePrefix, check_made_by
 from .later_turns import past_length
 from .prefix_file import read_parts
+from .prefix_parts import PrefixOrigin
 from .prompt_layout import padded_left
 from .shared_layer import shared_cache
 from .stock import cache_of, given_cache, take_cache, token_types

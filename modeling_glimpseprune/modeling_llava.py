@@ -31,7 +31,7 @@ from .fingerprints import pixels_hash  # noqa: F401
 from .given_visuals import GivenVisual  # noqa: F401
 from .glimpse import Glimpse
 from .glimpse_fields import FIELDS  # noqa: F401
-from .glimpse_prefix import PrefixOrigin  # noqa: F401
+from .glimpse_prefix import check_made_by  # noqa: F401
 from .glimpse_record import VisualRecord  # noqa: F401
 from .glimpse_weights import GlimpseWeightsMixin  # noqa: F401
 from .held_prompt import prune_layer_over  # noqa: F401
@@ -45,6 +45,7 @@ from .looking import LookingMixin  # noqa: F401
 from .low_rank import ATTENTION_MAPS  # noqa: F401
 from .prefill import Prefill  # noqa: F401
 from .prefix_file import write_parts  # noqa: F401
+from .prefix_parts import of_parts  # noqa: F401
 from .prompt_layout import padded_left  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import slot_mask  # noqa: F401

@@ -41,6 +41,7 @@ from .low_rank import LowRankAddition  # noqa: F401
 from .modeling_llava import ClipBackboneMixin, ClipGenerationMixin
 from .prefill import Prefill  # noqa: F401
 from .prefix_file import FORMAT  # noqa: F401
+from .prefix_parts import PrefixOrigin  # noqa: F401
 from .prompt_layout import padded_left  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401
 from .pruned_cache import PrunedLayer  # noqa: F401

@@ -43,6 +43,7 @@ from .looking import LookingMixin  # noqa: F401
 from .low_rank import low_rank_additions  # noqa: F401
 from .prefill import Prefill  # noqa: F401
 from .prefix_file import read_parts  # noqa: F401
+from .prefix_parts import to_parts  # noqa: F401
 from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401

@@ -37,6 +37,7 @@ from .low_rank import STALE_MAPS  # noqa: F401
 from .modeling_qwen2_5_vl import QwenBackboneMixin, QwenGenerationMixin, QwenTextMixin
 from .prefill import Prefill  # noqa: F401
 from .prefix_file import write_parts  # noqa: F401
+from .prefix_parts import PrefixOrigin  # noqa: F401
 from .prefix_processing import PrefixProcessingMixin  # noqa: F401
 from .prompt_layout import behind_prefix  # noqa: F401
 from .prune_request import PruneRequest  # noqa: F401

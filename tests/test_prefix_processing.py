@@ -11,8 +11,9 @@ from test_processor_images import (
 from glimpseprune.images import open_image
 from glimpseprune.loading import load_model, prepare
 from glimpseprune.package_files import SAMPLE_PAGE
-from modeling_glimpseprune.glimpse_prefix import GlimpsePrefix, PrefixOrigin
+from modeling_glimpseprune.glimpse_prefix import GlimpsePrefix
 from modeling_glimpseprune.held_prompt import HeldPrompt
+from modeling_glimpseprune.prefix_parts import PrefixOrigin
 from modeling_glimpseprune.stock import given_cache
 
 QUESTIONS = ("What is red?", "How many are there, and where?", "Why")

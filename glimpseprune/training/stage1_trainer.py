@@ -201,7 +201,7 @@ class Stage1Trainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         return soft.masked_fill(corner_tokens(record.geometry, config.anchor_corners), 0.0)
 
-    def _with_own_answers(self, inputs: dict, prefix: GlimpsePrefix | None) -> dict:
+    def _with_own_answers(self, inputs: dict, prefix: GlimpsePrefix | None = None) -> dict:
         """The same with the base's greedy answer, all visual tokens kept, where a row has none."""
         missing = (inputs["labels"] == IGNORED_LABEL).all(1)
         if not missing.any():

@@ -73,5 +73,4 @@ all ways in turns in one run, medians ({described}):
 
 {chr(10).join(lines)}
 
-Where windows are attended to in a loop, as on a CPU, there are as many of them as before wherever each
-still holds a token, only smaller ones."""
+A CPU attends to windows in a loop, which has a turn for every window that still holds a token."""

@@ -71,4 +71,6 @@ def _measured(results: dict) -> str:
     return f"""Measured on {page},
 all ways in turns in one run, medians ({described}):
 
-{chr(10).join(lines)}"""
+{chr(10).join(lines)}
+
+A CPU attends to windows in a loop, which has a turn for every window that still holds a token."""

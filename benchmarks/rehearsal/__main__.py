@@ -135,7 +135,7 @@ def table(report: dict) -> list[str]:
     rows = [head, ["---"] * len(head)]
     for name, figures in report["steps"].items():
         sizes = [figures[each] for each in ("peak_bytes", "peak_own_bytes", "disk_bytes")]
-        gibibytes = [f"{size / 2**30:.1f} GiB" for size in sizes]
+        gibibytes = [f"{max(0, size) / 2**30:.1f} GiB" for size in sizes]
         rows.append([name, f"{figures['processor_seconds']:.0f}", *gibibytes])
     return [f"| {' | '.join(row)} |" for row in rows]
 

@@ -227,7 +227,9 @@ def test_train_base_writes_a_loadable_folder_and_a_summary(tmp_path, recipe_file
     assert together == alone
 
 
-@pytest.mark.parametrize("name", ["tiny_base", "tiny_base_longer", "tiny_base_stopped", "tiny_deep"])
+@pytest.mark.parametrize(
+    "name", ["tiny_base", "tiny_base_longer", "tiny_base_stopped", "tiny_deep"]
+)
 def test_recipes_can_be_read(name):
     assert load_recipe(REPOSITORY / "recipes" / f"{name}.yaml").total_steps > 0
 

@@ -1,10 +1,12 @@
 """The benchmark of the deeper base: what it counts by kind, and where it says that a base looks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.deep_base.__main__ import highest
-from benchmarks.deep_base.looking import _recall
+from benchmarks.deep_base.looking import _recall, by_place
 from benchmarks.deep_base.rows import Row, evidence_share, table
 from benchmarks.report.statistics import Bootstrap
 from glimpseprune.baselines.method import Method, OwnPruning
@@ -39,14 +41,27 @@ def test_figures_are_by_kind_and_over_the_base():
     assert "none" not in figures["evidence_kept"]
     assert figures["kept_with_evidence"] == pytest.approx(1.0, abs=0.02)  # .3, .5, .1: .25, .5, 0
     assert [evidence_share(sample) for sample in SAMPLES] == [0.25, 0.5, 0.0]
-    figures["kinds below 99 % of the base"] = ["value"]
-    shown = table({"rows": {row.name: figures}})
-    assert "0.500 (0.75)" in shown and shown.endswith("| value |")
+    shown = table({"rows": {row.name: figures}}).splitlines()[-1]
+    assert shown.startswith(
+        "| GlimpsePrune | 0.667 (0.75) | 1.000 | 0.500 (0.75) | 0.300 | 0.100 |"
+    )
 
 
 def test_the_best_scored_share_is_kept():
     assert highest(torch.tensor([0.1, 3.0, -1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
     assert highest(torch.tensor([0.1, 3.0]), 0.1).sum() == 1
+
+
+def test_two_places_of_evidence_are_looked_for_one_by_one():
+    first, second = (0, 0, 5, 5), (5, 5, 9, 9)
+    pair = replace(SAMPLES[0], boxes=(first, second))
+    named = by_place("pair", [pair])
+    assert {name: samples[0].boxes for name, samples in named.items()} == {
+        "pair": (first, second),
+        "pair, place 1": (first,),
+        "pair, place 2": (second,),
+    }
+    assert list(by_place("value", [pair, SAMPLES[0]])) == ["value"]
 
 
 def test_recall_counts_evidence_among_the_best_attended():

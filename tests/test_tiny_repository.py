@@ -1,4 +1,4 @@
-"""`hub_configs/tiny`, `tiny_early` and `tiny_deep`: complete, small, and loadable as users load them."""
+"""The tiny repositories: complete, small, and loadable as users load them."""
 
 import json
 import os

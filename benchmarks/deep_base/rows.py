@@ -1,7 +1,15 @@
-"""One method's answers, and its figures by kind of question."""
+"""One method's answers, and its figures by kind of question.
 
+    python -m benchmarks.deep_base.rows FILE
+
+prints the table of a file that `python -m benchmarks.deep_base` wrote.
+"""
+
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,20 +101,21 @@ def _correlation(kept: Sequence[float], shares: Sequence[float]) -> float | None
 
 
 def table(report: dict) -> str:
-    """A Markdown table: accuracy by kind and, in brackets, evidence kept; the share kept last."""
+    """A Markdown table by kind: accuracy, evidence kept in brackets, and the share kept."""
     rows = report["rows"]
     kinds = list(next(iter(rows.values()))["accuracy"])
     lines = [
-        "| | " + " | ".join(kinds) + " | kept | kept by evidence, r | kinds under 99 % |",
-        "|---" * (len(kinds) + 4) + "|",
+        "| | "
+        + " | ".join([*kinds, *(f"kept, {kind}" for kind in kinds)])
+        + " | kept by evidence, r |",
+        "|---" * (2 * len(kinds) + 2) + "|",
     ]
     for name, figures in rows.items():
         cells = [_cell(figures, kind) for kind in kinds]
         correlation = figures["kept_with_evidence"]
         followed = "" if correlation is None else f"{correlation:.2f}"
-        under = ", ".join(figures["kinds below 99 % of the base"])
-        kept = f"{figures['kept'][ALL]['mean']:.3f}"
-        lines.append(f"| {name} | " + " | ".join([*cells, kept, followed, under]) + " |")
+        kept = [f"{figures['kept'][kind]['mean']:.3f}" for kind in kinds]
+        lines.append(f"| {name} | " + " | ".join([*cells, *kept, followed]) + " |")
     return "\n".join(lines)
 
 
@@ -114,3 +123,7 @@ def _cell(figures: dict, kind: str) -> str:
     accuracy = f"{figures['accuracy'][kind]['mean']:.3f}"
     found = figures.get("evidence_kept", {}).get(kind)
     return accuracy if found is None else f"{accuracy} ({found['mean']:.2f})"
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -24,6 +24,7 @@ from .cards import CardCodes, PageHeads, card_targets, character_targets, entry_
 from .forward import answer_figures, kept_states
 from .links import LinkHead, link_targets
 from .model import CODE_SCALE, fresh_base, save_base
+from .optimisers import optimisers_of
 from .packing import PackedBatch, Packer
 from .pages import (
     KINDS,
@@ -78,7 +79,7 @@ class BaseTrainer:
         self.heads = PageHeads(width, self.codes, seed)
         self.links = LinkHead(width, seed)
         self.packer = Packer(processor)
-        self.optimisers = _optimisers(
+        self.optimisers = optimisers_of(
             self.model, [*self.heads.parameters(), *self.links.parameters()], recipe
         )
         self.step, self.pages_seen, self.seconds = 0, 0, 0.0
@@ -385,41 +386,3 @@ def _rate_factor(stage: Stage, step: int) -> float:
     first, last = stage.rate
     warm = min(1.0, (step + 1) / stage.warm_up) if stage.warm_up else 1.0
     return warm * (first + (last - first) * step / stage.steps)
-
-
-def _optimisers(
-    model: nn.Module, heads: list[nn.Parameter], recipe: Recipe
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for everything else.
-
-    Raises:
-        ValueError: where PyTorch is older than 2.9 and has no Muon.
-    """
-    try:
-        from torch.optim import Muon
-    except ImportError:
-        raise ValueError(f"training needs torch >= 2.9 for Muon, not {torch.__version__}") from None
-    matrices, others, embeddings = [], [], []
-    for name, parameter in model.named_parameters():
-        inside = parameter.dim() == 2 and "lm_head" not in name
-        group = embeddings if "embed_tokens" in name else matrices if inside else others
-        group.append(parameter)
-    muon = Muon(
-        matrices,
-        lr=recipe.matrix_rate,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [*others, *heads]},
-            {"params": embeddings, "lr": recipe.embedding_rate},
-        ],
-        lr=recipe.other_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-    )
-    for optimiser in (muon, adamw):
-        for group in optimiser.param_groups:
-            group["base_rate"] = group["lr"]
-    return [muon, adamw]

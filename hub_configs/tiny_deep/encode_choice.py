@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/encode_choice.py

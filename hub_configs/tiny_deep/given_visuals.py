@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/given_visuals.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/importance_predictor.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/layer_outputs.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/left_out.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/modeling_qwen2_5_vl.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/prefix_file.py

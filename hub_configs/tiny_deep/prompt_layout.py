@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/prompt_layout.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/prune_request.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/pruning_backbone.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/row_boundaries.py

@@ -1,0 +1,1 @@
+../../modeling_glimpseprune/visual_encoding.py

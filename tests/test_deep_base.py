@@ -1,10 +1,12 @@
 """The benchmark of the deeper base: what it counts by kind, and where it says that a base looks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.deep_base.__main__ import highest
-from benchmarks.deep_base.looking import _recall
+from benchmarks.deep_base.looking import _recall, by_place
 from benchmarks.deep_base.rows import Row, evidence_share, table
 from benchmarks.report.statistics import Bootstrap
 from glimpseprune.baselines.method import Method, OwnPruning
@@ -48,6 +50,18 @@ def test_figures_are_by_kind_and_over_the_base():
 def test_the_best_scored_share_is_kept():
     assert highest(torch.tensor([0.1, 3.0, -1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
     assert highest(torch.tensor([0.1, 3.0]), 0.1).sum() == 1
+
+
+def test_two_places_of_evidence_are_looked_for_one_by_one():
+    first, second = (0, 0, 5, 5), (5, 5, 9, 9)
+    pair = replace(SAMPLES[0], boxes=(first, second))
+    named = by_place("pair", [pair])
+    assert {name: samples[0].boxes for name, samples in named.items()} == {
+        "pair": (first, second),
+        "pair, place 1": (first,),
+        "pair, place 2": (second,),
+    }
+    assert list(by_place("value", [pair, SAMPLES[0]])) == ["value"]
 
 
 def test_recall_counts_evidence_among_the_best_attended():

@@ -10,6 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,8 +39,9 @@ def main() -> None:
     found = {}
     for kind in arguments.kinds:
         samples = read_samples(None, None, arguments.questions, 0, (kind,), "validation")
-        found[kind] = evidence_by_layer(model, processor, samples)
-        print(kind, " ".join(f"{layer['best head']:.2f}" for layer in found[kind]), flush=True)
+        for name, asked in by_place(kind, samples).items():
+            found[name] = evidence_by_layer(model, processor, asked)
+            print(name, " ".join(f"{layer['best head']:.2f}" for layer in found[name]), flush=True)
     settings = {
         "base": str(arguments.base),
         "questions a kind": arguments.questions,
@@ -51,6 +53,16 @@ def main() -> None:
     report = {"settings": settings, "recall": found}
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(found))
+
+
+def by_place(kind: str, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """The questions; of those that all have two places of evidence, each place by itself, too."""
+    named = {kind: list(samples)}
+    if all(len(sample.boxes) == 2 for sample in samples):
+        for place in range(2):
+            alone = [replace(sample, boxes=sample.boxes[place : place + 1]) for sample in samples]
+            named[f"{kind}, place {place + 1}"] = alone
+    return named
 
 
 @torch.inference_mode()

@@ -56,6 +56,7 @@ NEWEST_ONLY = {
     "test_baselines",
     "test_calibration",
     "test_cost",
+    "test_deep_base",
     "test_deepspeed",
     "test_demo_browser",
     "test_docs",

@@ -26,7 +26,6 @@ from glimpseprune.baselines.method import OwnPruning
 from glimpseprune.commands.evaluate import CAP, read_samples
 from glimpseprune.loading import TINY_MODEL, load_model
 from glimpseprune.metrics import anls, exact_match, relaxed_accuracy
-from glimpseprune.tiny_world.pages import KINDS
 
 from .costs import PrefillCosts
 from .figures import Figures
@@ -36,6 +35,7 @@ from .plots import plot_all
 from .records import Record, read_records
 from .run import run_methods
 
+KINDS = ("value", "colour", "compare", "count")  # what the page shows of the tiny world
 METRICS = {"exact-match": exact_match, "anls": anls, "relaxed": relaxed_accuracy}
 
 

@@ -22,7 +22,7 @@ SAMPLES = [
 
 def answers(scores, kept):
     return [
-        Answer(sample, "", score, 10, 5, (10, count))
+        Answer(sample, "", score, 10, 5, (10, count), 10)
         for sample, score, count in zip(SAMPLES, scores, kept, strict=True)
     ]
 

@@ -80,11 +80,9 @@ def trainer_of(model, late=None, **settings):
 
 def prompts_of(trainer, batch) -> dict:
     """A collated batch as the model takes it, without its answers."""
-    inputs = dict(batch)
-    for name in ("names", "evidence_mask", "labels"):
+    inputs = trainer._without_pixels(dict(batch), None)
+    for name in ("names", "evidence_mask"):
         inputs.pop(name)
-    visuals, images = inputs.pop("visuals"), inputs.pop("image_index").tolist()
-    inputs["mm_encoder_outputs"] = {"image": trainer._encode_images(visuals, images)}
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     length = inputs["prompt_length"]
     return inputs | {name: inputs[name][:, :length] for name in names if name in inputs}

@@ -6,7 +6,6 @@
 # holds an older one and the libraries tied to it, so that torch is installed once. The newest release
 # runs all tests, older ones those that depend on the release, of which they share out the widest
 # (see `NEWEST_ONLY` and `SHARED_OUT` in tests/conftest.py).
-# Another folder holds what the demo needs; its tests in a browser skip where there is no Chromium.
 # What fails stops nothing; the exit code says whether anything did.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,21 +27,12 @@ packages_of() {
 }
 
 overlay_of() { echo "$PWD/$venv/transformers-$1"; }
-demo_overlay="$PWD/$venv/demo"
 
-# What `pip install '.[demo]'` and a driver of browsers would add or replace, one a line. Gradio wants
-# an older Pillow than all else is tested with.
-packages_of_demo() {
-    install --dry-run --report - -e '.[demo]' playwright "transformers==$newest" | "$python" -c '
-import json, sys
-for each in json.load(sys.stdin)["install"]:
-    if each["metadata"]["name"] != "glimpseprune":
-        print(each["metadata"]["name"], each["metadata"]["version"], sep="==")'
-}
-
-# Make a folder of packages, unless it is there and complete.
-make_overlay() { # the folder, and its packages
-    local overlay="$1" packages="$2"
+# Make an older release's folder, unless it is there and complete.
+make_overlay() {
+    local overlay packages
+    overlay="$(overlay_of "$1")"
+    packages="$(packages_of "$1")"
     if [ "$(cat "$overlay/packages.txt" 2>/dev/null)" = "$packages" ]; then return; fi
     rm -rf "$overlay" "$overlay.partial"
     mkdir "$overlay.partial"
@@ -53,12 +43,8 @@ make_overlay() { # the folder, and its packages
 
 "$python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
 install --upgrade -e '.[test]' transformers
-for release in "${older_releases[@]}"; do
-    make_overlay "$(overlay_of "$release")" "$(packages_of "$release")"
-done
+for release in "${older_releases[@]}"; do make_overlay "$release"; done
 newest="$("$python" -c 'from importlib.metadata import version; print(version("transformers"))')"
-demo_packages="$(packages_of_demo)"
-make_overlay "$demo_overlay" "$demo_packages"
 echo "transformers $newest, ${older_releases[*]}; $("$python" --version)"
 
 failed=()
@@ -76,10 +62,6 @@ for i in "${!older_releases[@]}"; do
     check "transformers $release" env PYTHONPATH="$(overlay_of "$release")" \
         "$python" -m pytest "${workers[@]}" --older-release "$((i + 1))/${#older_releases[@]}" "$@"
 done
-if [ "$#" -eq 0 ]; then
-    check "demo in a browser" env PYTHONPATH="$demo_overlay" \
-        "$python" -m pytest -rs tests/test_demo.py tests/test_demo_browser.py
-fi
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

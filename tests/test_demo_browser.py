@@ -158,7 +158,10 @@ def part(page: Page, name: str) -> Locator:
 
 
 def choose(page: Page, file: str | Path | dict) -> None:
+    """Choose a file; a picture is waited for, as what is pressed meanwhile may be lost."""
     page.get_by_label("File upload").set_input_files(file)
+    if file == SAMPLE_PAGE:
+        expect(button(page, "Remove Image")).to_be_visible()
 
 
 def ask(page: Page, text: str = SAMPLE_QUESTION) -> None:

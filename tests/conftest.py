@@ -22,7 +22,7 @@ import transformers
 from fresh_process import run_fresh
 from llava_prompts import config_fields, llava_image, llava_next_image, next_config_fields
 from qwen3_prompts import qwen3_config_fields, qwen3_frames
-from stage1_data import write_base, write_data
+from stage1_data import recipe_of, write_base, write_data
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -38,6 +38,7 @@ from transformers import (
 
 from glimpseprune.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, Family
 from glimpseprune.training.base import load_for_training
+from glimpseprune.training.stage1 import train_stage1
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PAD_TOKEN, VOCABULARY = 0, 200
@@ -517,3 +518,11 @@ def make_stage2_recipe(glimpsing, data, tmp_path):
         return stage2_recipe_of(glimpsing, data, tmp_path / output, **overrides)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def late(base, data, tmp_path_factory):
+    """A repository with a glimpse that was trained to be read late."""
+    recipe = recipe_of(base, data, tmp_path_factory.mktemp("late") / "trained")
+    train_stage1(recipe)
+    return recipe.output

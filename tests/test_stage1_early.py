@@ -41,14 +41,6 @@ OVERRIDES["training.answer_weight"] = 0.0
 
 
 @pytest.fixture(scope="module")
-def late(base, data, tmp_path_factory):
-    """A repository with a glimpse that was trained to be read late."""
-    recipe = recipe_of(base, data, tmp_path_factory.mktemp("late") / "trained")
-    train_stage1(recipe)
-    return recipe.output
-
-
-@pytest.fixture(scope="module")
 def early(base, data, late, tmp_path_factory):
     """The recipe of a finished run that started from the late glimpse and learned from it."""
     output = tmp_path_factory.mktemp("early") / "trained"

@@ -38,14 +38,6 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def late(base, data, tmp_path_factory):
-    """A repository with a glimpse that was trained to be read late."""
-    recipe = recipe_of(base, data, tmp_path_factory.mktemp("late") / "trained")
-    train_stage1(recipe)
-    return recipe.output
-
-
-@pytest.fixture(scope="module")
 def bare_data(data):
     """The questions, most of them without an answer."""
     lines = [json.loads(line) for line in data.read_text().splitlines()]

@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from stage1_data import GLIMPSE, collate, recipe_of
+from stage1_data import (
+    GLIMPSE,
+    assert_same_step,
+    collate,
+    recipe_of,
+    step,
+    trainer_that_learns,
+)
 from test_stage1_objectives import plain_inputs, plain_prompt
 
 from glimpseprune.loading import load_model
@@ -94,6 +101,20 @@ def test_a_student_without_them_learns_from_a_base_that_sees_everything(base, bl
     labels = batch["labels"][:, start:]
     torch.testing.assert_close(found, distillation_loss(teacher, student, labels))
     assert (found - distillation_loss(teacher, whole, labels)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("taught", [False, True], ids=["distillation", "late teacher"])
+def test_over_looks_it_learns_the_same(base, blank_data, late, taught):
+    """Teachers, and the base's own answers, see everything there, too."""
+    weights = {"late_weight": 0.5} if taught else {"distillation_weight": 1.0}
+    settings = {"answer_weight": 0.0, "max_answer_tokens": 4} | weights
+    settings |= {"grounding_weight": float(taught)}
+    glimpse = GLIMPSE | {"redundant_patches": 0, "prune_layer": 0}  # in place needs whole images
+    trainer = trainer_that_learns(base, glimpse, settings, late if taught else None)
+    batch = collate(blank_data, trainer.processor, ROWS)
+    batch["labels"][0] = -100
+    expected, found = (step(trainer, dict(batch), look_once) for look_once in (False, True))
+    assert_same_step(found, expected)
 
 
 @pytest.mark.parametrize("weights", [{}, {"distillation_weight": 1.0}])

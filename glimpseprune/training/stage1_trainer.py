@@ -220,7 +220,7 @@ class Stage1Trainer(Trainer):
             return inputs
         model, was_training = self.accelerator.unwrap_model(self.model), self.model.training
         prompts = _prompts(inputs)
-        if prefix is None:
+        if prefix is None or prefix.held.tokens.encoded is not None:  # the base sees everything
             prompts |= repeat_visuals(inputs["visuals"], inputs["image_index"])
         else:
             prompts = prefix.prompts(prompts["input_ids"], prompts["attention_mask"])

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.deep_base.__main__ import highest
 from benchmarks.deep_base.looking import _recall, by_place
-from benchmarks.deep_base.rows import Row, evidence_share, table
+from benchmarks.deep_base.rows import Row, evidence_share, size_of, table, table_of_sizes
 from benchmarks.report.statistics import Bootstrap
 from glimpseprune.baselines.method import Method, OwnPruning
 from glimpseprune.evaluation import Answer
@@ -45,6 +45,23 @@ def test_figures_are_by_kind_and_over_the_base():
     assert shown.startswith(
         "| GlimpsePrune | 0.667 (0.75) | 1.000 | 0.500 (0.75) | 0.300 | 0.100 |"
     )
+
+
+def test_figures_are_by_size_of_page():
+    sizes = [(112, 56), (112, 56), (224, 224)]
+    samples = [replace(each, size=size) for each, size in zip(SAMPLES, sizes, strict=True)]
+    assert [size_of(sample) for sample in samples] == ["2x4", "2x4", "8x8"]
+    given = [
+        Answer(sample, "", score, 10, 5, (10, count), 10)
+        for sample, score, count in zip(samples, (1.0, 0.0, 1.0), (4, 2, 1), strict=True)
+    ]
+    row = Row.of(Method(), given)
+    figures = row.figures(row, Bootstrap(["a", "a", "b"]))
+    assert figures["by_size"]["2x4"]["accuracy"]["value"]["questions"] == 2
+    assert "value" not in figures["by_size"]["8x8"]["accuracy"]
+    shown = table_of_sizes({"rows": {row.name: figures}}).splitlines()
+    assert shown[0] == "| | 2x4 | 8x8 |"
+    assert shown[-1] == "| all tokens | 0.500 (0.300) | 1.000 (0.100) |"
 
 
 def test_the_best_scored_share_is_kept():

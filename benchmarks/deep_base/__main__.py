@@ -25,14 +25,15 @@ from glimpseprune.baselines.resized_image import ResizedImage
 from glimpseprune.baselines.scorer import AtGlimpseLayer, BeforeDecoder
 from glimpseprune.calibration import score_questions, threshold_for
 from glimpseprune.commands.evaluate import read_samples
+from glimpseprune.commands.make_pages import parse_grid
 from glimpseprune.evaluation import Answer, by_size, evaluate
 from glimpseprune.loading import load_model
 from glimpseprune.sample import Sample
 
-from .rows import Row, evidence_share, of_kinds, table
+from .rows import Row, evidence_share, of_kinds, tables
 
 WANTED = 0.11
-RATIOS = (0.111, 0.222)
+RATIOS = (0.111, 0.222, 0.333)
 ENOUGH = 0.99
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--early", help="repository whose glimpse was trained to be read ahead")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--kinds", nargs="+", default=["value"])
+    parser.add_argument("--grids", nargs="+", type=parse_grid, default=[], help="such as 8x8 24x32")
     parser.add_argument(
         "--prune-layers", type=int, nargs="*", default=[], help="to read ahead from"
     )
@@ -52,13 +54,17 @@ def main() -> None:
     report = compare(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report))
+    print(tables(report))
 
 
 def compare(arguments: argparse.Namespace) -> dict:
     """Ask every method; the content of the JSON file."""
     validation, test = (
-        by_size(read_samples(None, None, number, 0, tuple(arguments.kinds), split))
+        by_size(
+            read_samples(
+                None, None, number, 0, tuple(arguments.kinds), split, grids=tuple(arguments.grids)
+            )
+        )
         for split, number in (
             ("validation", arguments.validation),
             ("test", arguments.questions),

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from glimpseprune.commands.evaluate import read_samples
+from glimpseprune.commands.make_pages import parse_grid
 from glimpseprune.data.visual_cot import evidence_mask
 from glimpseprune.evaluation import batches
 from glimpseprune.loading import load_processor, prepare
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="folder of a stock model")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--kinds", nargs="+", default=["value"])
+    parser.add_argument("--grids", nargs="+", type=parse_grid, default=[], help="such as 8x8 24x32")
     parser.add_argument("--questions", type=int, default=200, help="validation questions a kind")
     arguments = parser.parse_args()
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -38,13 +40,16 @@ def main() -> None:
     processor = load_processor(arguments.base)
     found = {}
     for kind in arguments.kinds:
-        samples = read_samples(None, None, arguments.questions, 0, (kind,), "validation")
+        samples = read_samples(
+            None, None, arguments.questions, 0, (kind,), "validation", grids=tuple(arguments.grids)
+        )
         for name, asked in by_place(kind, samples).items():
             found[name] = evidence_by_layer(model, processor, asked)
             print(name, " ".join(f"{layer['best head']:.2f}" for layer in found[name]), flush=True)
     settings = {
         "base": str(arguments.base),
         "questions a kind": arguments.questions,
+        "grids": arguments.grids,
         "split": "validation",
         "share": SHARE,
         "torch": torch.__version__,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.deep_base.rows FILE
 
-prints the table of a file that `python -m benchmarks.deep_base` wrote.
+prints the tables of a file that `python -m benchmarks.deep_base` wrote.
 """
 
 import json
@@ -19,6 +19,7 @@ from glimpseprune.baselines.catalogue import label
 from glimpseprune.baselines.method import Method
 from glimpseprune.evaluation import Answer
 from glimpseprune.sample import Sample
+from glimpseprune.tiny_world.pages import TOKEN
 
 ALL = "all"
 
@@ -65,6 +66,13 @@ class Row:
             "kept": of_kinds(kept, samples, bootstrap),
             "kept_with_evidence": _correlation(kept, shares),
         }
+        figures["by_size"] = {
+            size: {
+                "accuracy": of_kinds(scores, samples, bootstrap, size),
+                "kept": of_kinds(kept, samples, bootstrap, size),
+            }
+            for size in sorted(set(map(size_of, samples)), key=_area)
+        }
         if self.recall:
             figures["evidence_kept"] = of_kinds(self.recall, samples, bootstrap)
         return figures
@@ -76,14 +84,29 @@ def evidence_share(sample: Sample) -> float:
     return area / (sample.size[0] * sample.size[1])
 
 
+def size_of(sample: Sample) -> str:
+    """Rows and columns of the page in tokens, such as 8x12."""
+    width, height = sample.size
+    return f"{height // TOKEN}x{width // TOKEN}"
+
+
+def _area(size: str) -> int:
+    rows, columns = map(int, size.split("x"))
+    return rows * columns
+
+
 def of_kinds(
-    values: Sequence[float], samples: Sequence[Sample], bootstrap: Bootstrap
+    values: Sequence[float],
+    samples: Sequence[Sample],
+    bootstrap: Bootstrap,
+    size: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Over all questions and by kind: mean with its interval, and how many questions."""
+    """Over all questions, or those about pages of a size, and by kind: mean with its interval, and
+    how many questions."""
     values = np.asarray(values, dtype=np.float64)
     kinds = np.asarray([sample.kind for sample in samples])
-    chosen = {ALL: np.ones(len(values), dtype=bool)}
-    chosen |= {kind: kinds == kind for kind in sorted(set(kinds))}
+    among = np.asarray([size in (None, size_of(sample)) for sample in samples])
+    chosen = {ALL: among} | {kind: among & (kinds == kind) for kind in sorted(set(kinds))}
     figures = {}
     for name, of_kind in chosen.items():
         of_kind = of_kind & ~np.isnan(values)
@@ -119,6 +142,25 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_sizes(report: dict) -> str:
+    """A Markdown table by size of page: accuracy and, in brackets, the share kept."""
+    rows = report["rows"]
+    sizes = list(next(iter(rows.values()))["by_size"])
+    lines = ["| | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for name, figures in rows.items():
+        cells = (
+            "{:.3f} ({:.3f})".format(*(of_size[part][ALL]["mean"] for part in ("accuracy", "kept")))
+            for of_size in figures["by_size"].values()
+        )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(report: dict) -> str:
+    """By kind, and by size."""
+    return f"{table(report)}\n\n{table_of_sizes(report)}"
+
+
 def _cell(figures: dict, kind: str) -> str:
     accuracy = f"{figures['accuracy'][kind]['mean']:.3f}"
     found = figures.get("evidence_kept", {}).get(kind)
@@ -126,4 +168,4 @@ def _cell(figures: dict, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    print(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -92,6 +92,7 @@ def read_samples(
     kinds: tuple[str, ...] = ("value",),
     split: str = "test",
     need_references: bool = True,
+    grids: tuple[tuple[int, int], ...] = (),
 ) -> list:
     """Questions with their images in memory, in groups by data set, or by image size.
 
@@ -101,6 +102,7 @@ def read_samples(
         questions: at most so many.
         seed, kinds, split: of the tiny world's pages and questions.
         need_references: False takes questions without answers or boxes.
+        grids: sizes of the tiny world's pages, (rows, columns) in tokens; none takes the usual.
     """
     import tempfile
 
@@ -111,7 +113,7 @@ def read_samples(
     tiny_world = data is None
     with tempfile.TemporaryDirectory() as folder:
         if tiny_world:
-            data = _write_pages(Path(folder), questions, seed, kinds, split)
+            data = _write_pages(Path(folder), questions, seed, kinds, split, grids)
         needs = {
             "need_boxes": need_references and not tiny_world,
             "need_answers": need_references,
@@ -135,14 +137,19 @@ def read_samples(
 
 
 def _write_pages(
-    folder: Path, questions: int, seed: int, kinds: tuple[str, ...], split: str
+    folder: Path,
+    questions: int,
+    seed: int,
+    kinds: tuple[str, ...],
+    split: str,
+    grids: tuple[tuple[int, int], ...],
 ) -> Path:
     from ..tiny_world.dataset import write_pages
     from ..tiny_world.pages import PageSettings
 
     questions_a_page = 4
     pages = range(-(-questions // (questions_a_page * len(kinds))) + questions // 20 + 1)
-    settings = PageSettings(kinds=kinds)
+    settings = PageSettings(kinds=kinds, **({"grids": grids} if grids else {}))
     return write_pages(folder, split, pages, seed, settings, questions_a_page)
 
 

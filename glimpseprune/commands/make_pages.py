@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first page")
     parser.add_argument(
         "--grids",
-        type=_grid,
+        type=parse_grid,
         nargs="+",
         metavar="ROWSxCOLUMNS",
         help="page sizes in tokens of 28 pixels, such as 12x12",
@@ -65,8 +65,8 @@ def _settings(arguments: argparse.Namespace):
     return PageSettings(**given)
 
 
-def _grid(text: str) -> tuple[int, int]:
-    """Rows and columns from "12x12"."""
+def parse_grid(text: str) -> tuple[int, int]:
+    """Rows and columns from "12x12"; an `argparse` error for anything else."""
     rows, _, columns = text.partition("x")
     try:
         return int(rows), int(columns)

@@ -7,7 +7,7 @@
 | compare | Which is larger, KQ or ZB? | a key | both labels |
 | count | How many labels are red? | a number | the labels of the colour |
 | none | What is the value of XJ? (a key that is not on the page) | none | nothing |
-| neighbour | What is the left label of KQ? | the key in the slot before | both labels |
+| neighbour | What is the label of KQ? | the key in the slot on its left | both labels |
 | pair | What are the values of KQ, ZB? | both, in the order of the keys | both labels |
 | list | Which labels are red? | their keys in reading order | the labels of the colour |
 """
@@ -78,7 +78,7 @@ def _none_question(key: str) -> Question:
 
 def _neighbour_question(left: Label, label: Label) -> Question:
     boxes = (left.box, label.box)
-    return Question("neighbour", f"What is the left label of {label.key}?", left.key, boxes)
+    return Question("neighbour", f"What is the label of {label.key}?", left.key, boxes)
 
 
 def _pair_question(first: Label, second: Label) -> Question:

@@ -1,9 +1,8 @@
-"""What the labels of a page have to do with one another, for a loss that is about the page alone.
+"""Which label lies on the left of which, for a loss that is about the page alone.
 
-Where labels lie beside one another, or share a colour, one may be asked for by way of the other.
-The decoder's own visual tokens learn the links: those of a label are taught, some layers up, to say
-the key of the label in the slot on its left and of the label of its colour before it in reading
-order. No question takes part in it.
+The decoder's own visual tokens learn it: those of a label are taught, some layers up, to say the
+key of the label in the slot on its left. So a label can be asked for by way of another one. No
+question takes part in it.
 """
 
 from __future__ import annotations
@@ -13,28 +12,26 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .model import CODE_SCALE
 from .pages import LETTERS, TOKEN, Label, Page, in_next_slot
 
-LINKS = 2  # the label on the left, the label of the same colour before
-CLASSES = 1 + len(LETTERS)
+KEY_LETTERS = 2
+SHARPNESS = 30.0  # the logit of a state that is one letter's vector
 
 
 def link_targets(page: Page) -> np.ndarray:
-    """Classes `(tokens, 2 * LINKS)` of the letters of linked keys.
+    """Classes `(tokens, 2)` of the letters of the key on the left.
 
     0 stands for no such label; -1 for a token without a character, which says nothing.
     """
-    links = np.full((page.rows, page.columns, 2 * LINKS), -1, dtype=np.int64)
-    last_of: dict[str, Label] = {}
+    links = np.full((page.rows, page.columns, KEY_LETTERS), -1, dtype=np.int64)
     for label in page.labels:
         left = next((each for each in page.labels if in_next_slot(each, label)), None)
-        before = last_of.get(label.colour)
-        letters = [*_classes(left), *_classes(before)]
+        letters = _classes(left)
         for mark in label.marks:
             x, y = mark.centre
             links[int(y / TOKEN), int(x / TOKEN)] = letters
-        last_of[label.colour] = label
-    return links.reshape(page.rows * page.columns, 2 * LINKS)
+    return links.reshape(page.rows * page.columns, KEY_LETTERS)
 
 
 def _classes(label: Label | None) -> list[int]:
@@ -42,25 +39,31 @@ def _classes(label: Label | None) -> list[int]:
 
 
 class LinkHead(nn.Module):
-    """Reads the letters of linked keys off visual tokens."""
+    """Reads the letters of the key on the left off visual tokens.
 
-    def __init__(self, width: int, seed: int) -> None:
+    A letter is said by a fixed vector: its embedding, turned by a random rotation of its place, as
+    on the cards. What moves through the decoder is so related to the words of questions.
+    """
+
+    def __init__(self, letters: torch.Tensor, seed: int) -> None:
+        """Take the embeddings `(letters, width)`."""
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.letters = nn.Linear(width, 2 * LINKS * CLASSES)
-        nn.init.normal_(self.letters.weight, std=0.1 * width**-0.5, generator=generator)
-        nn.init.zeros_(self.letters.bias)
+        width = letters.shape[1]
+        generator = torch.Generator().manual_seed(seed + 1)
+        codes = []
+        for _ in range(KEY_LETTERS):
+            turn = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+            codes.append(functional.pad(letters.detach() @ turn, (0, 0, 1, 0)))
+        self.register_buffer("codes", torch.stack(codes) * SHARPNESS / (CODE_SCALE * width))
+        self.bias = nn.Parameter(torch.zeros(self.codes.shape[:2]))
 
     def figures(self, states: torch.Tensor, links: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Loss and accuracies of states `(tokens, width)` against classes `(tokens, 2 * LINKS)`.
+        """Loss and accuracy of states `(tokens, width)` against classes `(tokens, 2)`.
 
-        Accuracies are over tokens with such a label.
+        The accuracy is over tokens with a label on their left.
         """
-        states = functional.layer_norm(states, states.shape[-1:])
-        logits = self.letters(states).float().view(-1, 2 * LINKS, CLASSES)
+        states = functional.layer_norm(states.float(), states.shape[-1:])
+        logits = torch.einsum("td,lcd->tlc", states, self.codes) + self.bias
         loss = functional.cross_entropy(logits.flatten(0, 1), links.flatten(), ignore_index=-1)
         hits = (logits.argmax(-1) == links).float()
-        left, before = (
-            hits[:, part][links[:, part] > 0].mean().detach() for part in (slice(0, 2), slice(2, 4))
-        )
-        return {"link_loss": loss, "left_accuracy": left, "before_accuracy": before}
+        return {"link_loss": loss, "left_accuracy": hits[links > 0].mean().detach()}

@@ -75,9 +75,10 @@ class BaseTrainer:
         self.model.set_attn_implementation("eager")  # on a CPU its backward pass is the fastest
         width = self.model.config.text_config.hidden_size
         embeddings = self.model.get_input_embeddings().weight
-        self.codes = CardCodes(embeddings, entry_tokens(processor.tokenizer), seed)
+        entries = entry_tokens(processor.tokenizer)
+        self.codes = CardCodes(embeddings, entries, seed)
         self.heads = PageHeads(width, self.codes, seed)
-        self.links = LinkHead(width, seed)
+        self.links = LinkHead(embeddings[entries[0]], seed)
         self.packer = Packer(processor)
         self.optimisers = optimisers_of(
             self.model, [*self.heads.parameters(), *self.links.parameters()], recipe

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
 
 from .encode_choice import NONE_BEHIND
 from .glimpse_prefix import GlimpsePrefix, check_made_by
@@ -55,6 +56,31 @@ def check_over_prefix(
             f"{mask.shape[-1]} columns. generate and glimpse take whole prompts"
         )
     check_made_by(prefix, model)
+
+
+def check_whole(cache: Cache | None) -> None:
+    """Refuse `prune=False` over visuals that were encoded in part, which the stock model never is.
+
+    Of a kept cache the latest record says so; one that went on with whole images does not.
+
+    Args:
+        cache: a prefix, or the cache of an earlier turn.
+
+    Raises:
+        ValueError: as said.
+    """
+    if isinstance(cache, GlimpsePrefix):
+        lacks, held = cache.held.lacks_patches, "this prefix"
+        remedy = "look again with redundant_patches=False"
+    else:
+        encoded = getattr(getattr(cache, "glimpse", None), "encoded", None)
+        lacks, held = encoded is not None and not bool(encoded.all()), "this cache"
+        remedy = "start again without the cache"
+    if lacks:
+        raise ValueError(
+            f"{held} lacks the patches that redundant_patches or visual_encode_mask left out in "
+            f"front of the vision encoder, and prune=False answers from all: {remedy}"
+        )
 
 
 def check_brings_none(asks_for_part: bool, placeholders: torch.Tensor | None) -> None:

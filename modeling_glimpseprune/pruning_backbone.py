@@ -5,7 +5,13 @@ from dataclasses import replace
 import torch
 from transformers.cache_utils import Cache
 
-from .call_checks import check_boundary, check_brings_none, check_form, check_over_prefix
+from .call_checks import (
+    check_boundary,
+    check_brings_none,
+    check_form,
+    check_over_prefix,
+    check_whole,
+)
 from .encode_choice import ENCODE_ARGUMENTS, EncodeChoice
 from .given_visuals import GivenVisualsMixin
 from .glimpse import Glimpse
@@ -82,6 +88,8 @@ class PruningModelMixin(
         check_form(input_ids, inputs_embeds, self.takes_ids_beside_embeddings)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if arguments.prune is False:
+            check_whole(cache)
         held = None
         if isinstance(cache, GlimpsePrefix):
             check_over_prefix(cache, self, inputs_embeds, kwargs)

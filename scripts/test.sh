@@ -15,7 +15,8 @@ venv=.venv
 python="$venv/bin/python"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 
-install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
+# What is imported is compiled then; compiling all that is installed takes longer.
+install() { "$python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
 
 # The packages of an older release, one a line.
 packages_of() {
@@ -42,8 +43,13 @@ make_overlay() {
 }
 
 "$python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
+making=()
+for release in "${older_releases[@]}"; do
+    make_overlay "$release" & # beside the rest, which waits for a disk most of the time
+    making+=($!)
+done
 install --upgrade -e '.[test]' transformers
-for release in "${older_releases[@]}"; do make_overlay "$release"; done
+for overlay in "${making[@]}"; do wait "$overlay"; done
 newest="$("$python" -c 'from importlib.metadata import version; print(version("transformers"))')"
 echo "transformers $newest, ${older_releases[*]}; $("$python" --version)"
 

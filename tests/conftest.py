@@ -99,23 +99,35 @@ NEWEST_ONLY = {
 }
 
 
-# Modules of many cases a test: the older releases share these cases out among them.
+# Modules of which the older releases share out the cases among them. Those that run whole on every
+# release load, generate, deploy and answer by the commands.
 SHARED_OUT = {
     "test_arguments",
+    "test_assisted_decoding",
     "test_before_encoder",
     "test_configuration",
+    "test_conversion",
     "test_golden",
     "test_invariants",
+    "test_llava",
+    "test_llava_bases",
     "test_look_ahead",
     "test_prefix",
     "test_prefix_uses",
     "test_processor_images",
+    "test_publishing",
     "test_quantisation",
+    "test_qwen3_vl",
     "test_reported_troubles",
+    "test_scores",
+    "test_serving_assumptions",
+    "test_serving_parts",
+    "test_stage1_trainer",
     "test_stock_calls",
     "test_stock_contract",
     "test_stock_contract_generation",
     "test_stock_contract_weights",
+    "test_trl_trainers",
 }
 
 
@@ -123,8 +135,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--older-release",
         metavar="N/ALL",
-        help="run what depends on the release of transformers, and of the many cases of a wide "
-        "test the share of the Nth of ALL older releases (1/1: every case)",
+        help="run what depends on the release of transformers, and of wide modules the share of "
+        "the Nth of ALL older releases (1/1: all)",
     )
     parser.addoption("--screenshot", help="where test_demo_browser puts a picture of the page")
 
@@ -146,12 +158,12 @@ def pytest_collection_modifyitems(config, items):
 def is_shared_with(item: pytest.Item, number: int, count: int) -> bool:
     """Whether the Nth of so many older releases runs a test.
 
-    Every case of a wide test runs on the newest release and on one older one. Which one follows
+    Every case of a wide module runs on the newest release and on one older one. Which one follows
     from the case's name, so that it stays where it is when others are added.
     """
     if item.get_closest_marker("newest"):
         return False
-    if item.path.stem not in SHARED_OUT or not hasattr(item, "callspec"):
+    if item.path.stem not in SHARED_OUT:
         return True
     return crc32(item.name.encode()) % count == number - 1
 

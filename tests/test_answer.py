@@ -130,6 +130,28 @@ def test_rows_of_an_image_share_a_look(world, tiny, monkeypatch):
     assert sorted(asked) == list(range(QUESTIONS)) and asked != sorted(asked)
 
 
+def test_without_pruning_nothing_is_left_out(world, tiny, monkeypatch):
+    """Whatever the configuration says: the stock model sees every patch."""
+    encoded = []
+    model = tiny[0]
+    handle = model.model.visual.patch_embed.register_forward_hook(
+        lambda _, args, __: encoded.append(len(args[0]))
+    )
+
+    def answers(prune: bool) -> tuple[list[dict], int]:
+        encoded.clear()
+        answerer = Answerer(*tiny, AnswerSettings(prune=prune, max_new_tokens=8))
+        units = units_of_window(open_questions(world), 0, QUESTIONS, batch_size=16)
+        rows = [each for unit in units for each in answerer.answer(unit, answerer.pictures(unit))]
+        return without_seconds(rows), sum(encoded)
+
+    expected = answers(False)
+    monkeypatch.setattr(model.config, "redundant_patches", 48)
+    assert answers(False) == expected and all(row["error"] is None for row in expected[0])
+    assert 0 < answers(True)[1] < expected[1]
+    handle.remove()
+
+
 @pytest.mark.parametrize("form", ["parquet", "structs", "shards", "datasets", "data URLs"])
 def test_images_come_as_paths_bytes_and_urls(mixed, tmp_path, form):
     """The same answers, whatever holds the questions."""

@@ -478,6 +478,84 @@ class TestTellingTokens:
         assert telling_tokens(pixels, geometry, 0, CLIP).tolist() == [True, False, True, False]
 
 
+class TestWithoutPruning:
+    """`prune=False` answers from all patches, or says that they are not there."""
+
+    ASKED = {"prune": False, "max_new_tokens": 2}
+    OF_PREFIX = "this prefix lacks the patches .* look again with redundant_patches=False"
+
+    @pytest.fixture
+    def rows(self, models, family):
+        """Two prompts, and what is encoded of them: a part of the second one's last image."""
+        batch = build_batch([[3, (2, 3), 2, (1, 2), 3], [2, (2, 2), 1, (3, 2), 3]], family=family)
+        encode = torch.ones(batch.num_visual, dtype=torch.bool)
+        encode[-2:] = False
+        return models.pruned, batch, encode
+
+    @torch.no_grad()
+    def test_prefixes_looked_at_in_part(self, rows, tmp_path):
+        """New ones and loaded ones, from `generate` and `forward`; nothing is wrong with them."""
+        model, batch, encode = rows
+        prefix = model.look(**batch.inputs, visual_encode_mask=encode)
+        prefix.save(tmp_path / "page")
+        inputs = laid_out(prefix, batch.inputs)
+        for each in (prefix, model.load_prefix(tmp_path / "page"), prefix.select_rows([0, 1])):
+            with pytest.raises(ValueError, match=self.OF_PREFIX):
+                model.generate(**inputs, **given_cache(each), **self.ASKED)
+            for ask in (model, model.model):
+                with pytest.raises(ValueError, match=self.OF_PREFIX):
+                    ask(torch.tensor([[5, 6]] * 2), **given_cache(each), prune=False)
+        assert len(generate(model, inputs | given_cache(prefix), 2, max_keep_ratio=0.5).logits) == 2
+
+    @torch.no_grad()
+    def test_prefixes_that_grew_by_a_part(self, rows, family):
+        model, batch, encode = rows
+        first = build_batch([[3, (2, 3)], [2, (2, 2)]], family=family).inputs
+        lengths = first["attention_mask"].sum(1).tolist()
+        prefix = model.look(**batch.inputs, prefix_length=lengths)
+        inputs = batch.inputs | laid_out(prefix, batch.inputs) | given_cache(prefix)
+        assert len(generate(model, inputs, 2, prune=False).logits) == 2
+        behind = torch.cat([encode[6:8], encode[-6:]])
+        longer = model.look(**inputs, visual_encode_mask=behind)
+        with pytest.raises(ValueError, match=self.OF_PREFIX):
+            model.generate(**laid_out(longer, batch.inputs), **given_cache(longer), **self.ASKED)
+
+    @torch.no_grad()
+    def test_rows_of_which_nothing_was_left_out(self, models, rows):
+        """Of a prefix whose other row lacks patches; the stock model's answer over whole images."""
+        model, batch, encode = rows
+        prefix = model.look(**batch.inputs, visual_encode_mask=encode).select_rows([0])
+        prompt = batch.rows[0]
+        over = generate(model, laid_out(prefix, prompt) | given_cache(prefix), 3, prune=False)
+        stock = generate(models.stock, prompt, 3)
+        assert_near(step_logits(over, 0), step_logits(stock, 0))
+
+    @torch.no_grad()
+    def test_looks_that_left_nothing_out(self, models, rows):
+        """Random pixels repeat nowhere."""
+        model, batch, _ = rows
+        prefix = model.look(**batch.inputs, redundant_patches=0)
+        over = generate(model, laid_out(prefix, batch.inputs) | given_cache(prefix), 3, prune=False)
+        stock = generate(models.stock, batch.inputs, 3)
+        for row in range(2):
+            assert_near(step_logits(over, row), step_logits(stock, row))
+
+    @pytest.mark.parametrize("turn", [[[3]] * 2, [[1, (2, 2), 3]] * 2], ids=["text", "image"])
+    @torch.no_grad()
+    def test_later_turns_over_a_cache_that_lacks_some(self, rows, family, turn):
+        model, first, encode = rows
+        second = build_batch(turn, 1, family)
+        for mask, refused in ((encode, True), (torch.ones_like(encode), False)):
+            start = generate(model, first.inputs, 3, visual_encode_mask=mask, max_keep_ratio=0.5)
+            said = start.sequences[:, first.inputs["input_ids"].shape[1] :]
+            inputs = follow(first, second, start, conversation(first, second, said))
+            if refused:
+                with pytest.raises(ValueError, match="this cache lacks .* without the cache"):
+                    model.generate(**inputs, **self.ASKED)
+            else:
+                assert len(generate(model, inputs, 2, prune=False).logits) == 2
+
+
 class TestBadInput:
     @pytest.fixture
     def asked(self, models, family):

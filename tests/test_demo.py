@@ -145,6 +145,19 @@ def test_the_stock_model_answers_the_latest_question(session, settings, monkeypa
     assert session.whole is None  # it was another question's
 
 
+def test_the_stock_model_sees_what_the_look_left_out(tiny, session, settings, monkeypatch):
+    model, encoded = tiny[0], []
+    handle = model.model.visual.patch_embed.register_forward_hook(
+        lambda _, args, __: encoded.append(len(args[0]))
+    )
+    monkeypatch.setattr(model.config, "redundant_patches", 48)
+    answer = session.ask(SAMPLE_QUESTION, settings)
+    assert not answer.record.encoded.all()
+    assert session.ask_whole().text == "577"
+    assert encoded[0] < encoded[1] == TOTAL * 4
+    handle.remove()
+
+
 def test_another_image_frees_what_was_seen(session, settings):
     session.ask(SAMPLE_QUESTION, settings)
     states = weakref.ref(session.prefix.held.states)

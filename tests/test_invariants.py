@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from conftest import FAMILIES, TRANSFORMERS_5, Batch, Models, has_windows, sees_videos
+from random_cases import random_cases
 from reference import generate_hidden, run_hidden, score_slowly, select_slowly
 from transformers import DynamicCache
 
@@ -200,7 +201,7 @@ def test_text_only_prompts_are_the_stock_model(shared_models, build_batch, name)
 
 
 @pytest.mark.feature("eager, sdpa")
-@pytest.mark.parametrize("seed", range(42))
+@pytest.mark.parametrize("seed", random_cases(42, at_once=14))
 @torch.no_grad()
 def test_pruned_equals_hidden(build_models, build_batch, seed):
     chance = random.Random(seed)
@@ -213,7 +214,7 @@ def test_pruned_equals_hidden(build_models, build_batch, seed):
         assert_equals_reference(models, batch, output, masks)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", random_cases(12, at_once=4))
 @torch.no_grad()
 def test_own_choice_equals_hidden(build_models, build_batch, seed):
     chance = random.Random(1000 + seed)

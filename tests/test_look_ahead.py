@@ -11,6 +11,7 @@ import torch
 from conftest import Batch, Models, counts_from_ids, has_windows, sees_videos
 from double_precision import as_double, in_double_precision
 from look_ahead_reference import Corrections, Earlier, score_ahead
+from random_cases import random_cases
 from test_invariants import (
     FAMILY_NAMES,
     GLIMPSE_VARIANTS,
@@ -72,7 +73,7 @@ def assert_scores_equal_the_reference(models: Models, batch: Batch, prune_layer:
             assert_near(scores, expected)
 
 
-@pytest.mark.parametrize("seed", range(40))  # in three families: 120 cases
+@pytest.mark.parametrize("seed", random_cases(40, at_once=14))
 @torch.no_grad()
 def test_scores_equal_the_slow_reference(build_models, build_batch, seed, family):
     chance = random.Random(seed)

@@ -142,6 +142,13 @@ def test_each_correction_matters_where_it_should(shared_models, build_batch):
     everything = random_corrections(models, rank=2)
     assert len(everything.glimpse) == 7 * (GLIMPSE_LAYER + 1)
     plain = score(models, prompt, 1)
+    zeros = Corrections(
+        *(
+            {place: (down, 0 * up) for place, (down, up) in each.items()}
+            for each in (everything.glimpse, everything.stale)
+        )
+    )
+    assert torch.equal(score(models, prompt, 1, corrections=zeros), plain)
     for kind in ("glimpse", "stale"):
         for place, (down, up) in getattr(everything, kind).items():
             one = Corrections({}, {})
@@ -152,8 +159,6 @@ def test_each_correction_matters_where_it_should(shared_models, build_batch):
             of_visual_keys = kind == "stale" and name == "k_proj"
             is_idle = (reads_no_value and not of_visual_keys) or (kind == "stale" and index <= 1)
             assert (change == 0) == is_idle, (kind, place, change)
-            getattr(one, kind)[place] = (down, 0 * up)
-            assert torch.equal(score(models, prompt, 1, corrections=one), plain)
 
 
 @torch.no_grad()

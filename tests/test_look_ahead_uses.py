@@ -11,6 +11,7 @@ import torch
 from conftest import IMAGE_TOKEN, Models, sees_videos
 from generation_prompts import ONE, RAGGED, random_keep
 from look_ahead_reference import Earlier, score_ahead
+from random_cases import random_cases
 from reference import run_hidden, select_slowly
 from test_deployment import NoStream, flash_attention_in_words
 from test_invariants import (
@@ -83,7 +84,7 @@ def chosen(batch, output) -> list[torch.Tensor]:
 # Prompts.
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", random_cases(10, at_once=4))
 @torch.no_grad()
 def test_random_generations_equal_hidden(build_models, build_batch, seed):
     """Own choices and callers' masks, by call and by configuration, at every distance."""

@@ -45,6 +45,23 @@ def test_costs_say_what_part_was_the_look(tiny, samples, settings):
             assert getattr(cost, name) == getattr(expected, name)
 
 
+def test_without_pruning_looks_leave_nothing_out(tiny, samples, monkeypatch):
+    """Whatever the configuration says: the stock model's answers."""
+    model, processor = tiny
+    questions = [sample.question for sample in samples[:4]]
+    one = prepare(processor, [samples[0].image], questions[:1])
+    looked = LookedPrompts(prompt_texts(processor, questions), [0] * 4)
+    whole = prepare(processor, [samples[0].image] * 4, questions)
+    options = {"prune": False, "max_new_tokens": 8}
+    expected, _ = generate_measured(model, processor, whole, **options)
+    monkeypatch.setattr(model.config, "redundant_patches", 48)
+    assert (model.look(**one).held.tokens.encoded == 0).any()
+    for inputs, of_prompts in ((whole, None), (one, looked)):
+        found, costs = generate_measured(model, processor, inputs, of_prompts, **options)
+        assert found == expected
+        assert all(cost.kept_visual_tokens == cost.visual_tokens for cost in costs)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"
 )

@@ -71,9 +71,7 @@ def test_what_runs_on_the_newest_release_alone_exists():
 
 
 def test_older_releases_share_out_every_case():
-    case = SimpleNamespace(
-        path=Path("test_invariants.py"), callspec=None, get_closest_marker=lambda name: None
-    )
+    case = SimpleNamespace(path=Path("test_invariants.py"), get_closest_marker=lambda name: None)
     shares = []
     for n in range(40):
         case.name = f"test_a[{n}]"

@@ -202,6 +202,23 @@ def test_answers_over_kept_prefixes_are_the_models_own(shared_models, build_batc
     assert counts.reused == 0
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_a_kept_prefix_that_lacks_patches_answers_no_stock_model(
+    shared_models, build_batch, monkeypatch
+):
+    models, store = shared_models(3), PrefixStore(UNBOUNDED)
+    inputs = prompt_of(build_batch, 2, (4, 4), 5)
+    inputs["pixel_values"] = torch.zeros_like(inputs["pixel_values"])
+    monkeypatch.setattr(models.pruned.config, "redundant_patches", 0)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    for _ in range(2):
+        answer(models.pruned, store, inputs, {}, **options)
+        assert store.find(models.pruned, inputs, None).prefix.held.lacks_patches
+        ids, counts = answer(models.pruned, store, inputs, {"prune": False}, **options)
+        assert torch.equal(ids, models.stock.generate(**inputs, **options))
+        assert counts == PromptCounts(16, 16, 0)
+
+
 def test_a_prompt_of_text(shared_models, build_batch):
     model = shared_models(3).pruned
     inputs = prompt_of(build_batch, 6)

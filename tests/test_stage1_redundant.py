@@ -117,6 +117,21 @@ def test_over_looks_it_learns_the_same(base, blank_data, late, taught):
     assert_same_step(found, expected)
 
 
+def test_a_glimpse_in_place_cannot_look_at_parts(base):
+    """Said before the first step, by a trainer; by a recipe before data and weights are read."""
+    with pytest.raises(ValueError, match="look_once with redundant_patches needs a glimpse beside"):
+        trainer_of(base, look_once=True)
+    trainer_of(base, look_once=False)
+    asked = {"glimpse.redundant_patches": 0, "training.look_once": True}
+    refused = recipe_of(base, "/nowhere", "/nowhere/out", **asked)
+    with pytest.raises(ValueError, match="look_once with redundant_patches needs a glimpse beside"):
+        train_stage1(refused)
+    for beside in ({"glimpse.prune_layer": 0}, {"glimpse.glimpse_lora_rank": 2}):
+        given = asked | beside | {"training.answer_weight": 0.0}
+        with pytest.raises(FileNotFoundError):
+            train_stage1(recipe_of(base, "/nowhere/data.jsonl", "/nowhere/out", **given))
+
+
 @pytest.mark.parametrize("weights", [{}, {"distillation_weight": 1.0}])
 def test_gradients_are_numbers(base, blank_data, weights):
     trainer = trainer_of(base, **weights)
@@ -141,6 +156,11 @@ def test_a_recipe_trains_with_it_and_its_repository_goes_on(base, blank_data, tm
     assert json.loads((tmp_path / "out/config.json").read_text())["redundant_patches"] == 0
     model, _ = load_model(tmp_path / "out", "cpu")
     assert model.config.redundant_patches == 0
+    at_parts = recipe_of(
+        tmp_path / "out", "/nowhere", "/nowhere/out", **{"training.look_once": True}
+    )
+    with pytest.raises(ValueError, match="look_once with redundant_patches"):  # as it was trained
+        train_stage1(at_parts)
     goes_on = {"glimpse.redundant_patches": 16.0}
     other = recipe_of(tmp_path / "out", blank_data, tmp_path / "more", **goes_on, **objective)
     train_stage1(other)

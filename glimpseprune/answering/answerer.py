@@ -158,9 +158,10 @@ class Answerer:
         return [answer for place, row in alone for answer in self._of_batch(prefix, [place], [row])]
 
     def _look(self, pictures: list[Image.Image]):
-        """The prefix of some images, a row each."""
+        """The prefix of some images, a row each; without pruning it is of whole images."""
         inputs = prepare(self.processor, pictures, ["?"] * len(pictures)).to(self.model.device)
-        return self.model.look(**inputs, prune_layer=self.settings.prune_layer)
+        settings = {} if self.settings.prune else {"redundant_patches": False}
+        return self.model.look(**inputs, **settings, prune_layer=self.settings.prune_layer)
 
     def _generate(
         self, prefix, places: list[int], rows: list[Row], max_new_tokens: int | None = None

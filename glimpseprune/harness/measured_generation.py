@@ -96,7 +96,8 @@ def generate_measured(
     clock = _Clock(model.device)
     seconds_of_look = 0.0
     if looked is not None:
-        prefix = model.look(**inputs, prune_layer=options.get("prune_layer"))
+        settings = {"redundant_patches": False} if options.get("prune") is False else {}
+        prefix = model.look(**inputs, **settings, prune_layer=options.get("prune_layer"))
         prefix = prefix.select_rows(looked.begins_with)
         counts = [counts[row] for row in looked.begins_with]
         prompts = processor(text=looked.texts, prefix=prefix).to(model.device)

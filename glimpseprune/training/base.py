@@ -45,11 +45,8 @@ def load_for_training(
         OSError: when there is no such model.
         ValueError: when it is of no known family, its weights do not fit, or a field cannot be.
     """
-    content, _ = PretrainedConfig.get_config_dict(source)
-    family = family_of(content, source)
-    stock = content["model_type"] == family.base_model_type
     glimpse_fields = dict(glimpse_fields or {})
-    config = _config(source, family, content, glimpse_fields, stock)
+    config, family, stock = _config(source, glimpse_fields)
     with errors_only():
         model, loading = family.model_class.from_pretrained(
             source,
@@ -71,6 +68,19 @@ def load_for_training(
         model.float()
     model.model.glimpse.float()
     return model, processor, stored_dtype
+
+
+def config_for_training(source: str, glimpse_fields: Mapping[str, object]) -> PretrainedConfig:
+    """The configuration of the model that `load_for_training` makes; no weights are read.
+
+    Raises:
+        OSError: when there is no such model.
+        ValueError: when it is of no known family, or a field cannot be.
+    """
+    config, *_ = _config(source, glimpse_fields)
+    for name, value in glimpse_fields.items():
+        setattr(config, name, value)
+    return config
 
 
 @torch.no_grad()
@@ -97,8 +107,12 @@ def start_glimpse_as(model: PreTrainedModel, processor: ProcessorMixin, text: st
 
 
 def _config(
-    source: str, family: Family, content: dict, glimpse_fields: Mapping[str, object], stock: bool
-) -> PretrainedConfig:
+    source: str, glimpse_fields: Mapping[str, object]
+) -> tuple[PretrainedConfig, Family, bool]:
+    """The configuration to load with, its family, and whether the source is a stock model."""
+    content, _ = PretrainedConfig.get_config_dict(source)
+    family = family_of(content, source)
+    stock = content["model_type"] == family.base_model_type
     unknown = set(glimpse_fields) - set(GLIMPSE_FIELDS)
     if unknown:
         raise ValueError(f"glimpse: unknown field {sorted(unknown)[0]}")
@@ -111,10 +125,10 @@ def _config(
                     f"glimpse: {name} is {getattr(config, name)} in {source}, which is trained on, "
                     f"and cannot become {value}"
                 )
-        return config
+        return config, family, stock
     own = ("model_type", "architectures", "auto_map", "transformers_version")
     inherited = {name: value for name, value in content.items() if name not in own}
-    return family.config_class(**inherited, **glimpse_fields)
+    return family.config_class(**inherited, **glimpse_fields), family, stock
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data.visual_cot import VisualCoTDataset, read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
-from .base import load_for_training, start_glimpse_as
+from .base import config_for_training, load_for_training, start_glimpse_as
 from .checkpoints import checkpoint_to_resume
 from .late_glimpse import late_backbone, start_glimpse_from
 from .repository import write_repository
@@ -41,6 +41,7 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     """
     config = recipe.training_config()
     checkpoint = checkpoint_to_resume(recipe, resume)
+    config.check_glimpse(config_for_training(recipe.base, recipe.glimpse))
     train, validation = _dataset(recipe, config, recipe.data), None
     if recipe.validation_data:
         validation = _dataset(recipe, config, recipe.validation_data)

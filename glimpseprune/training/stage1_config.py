@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from modeling_glimpseprune.stock import TRANSFORMERS_5
 
@@ -118,6 +118,32 @@ class Stage1Config(TrainingArguments):
         }
         return {name: weight for name, weight in weights.items() if weight > 0}
 
+    def check_glimpse(self, config: PretrainedConfig) -> None:
+        """Refuse to train a glimpse in a way that it cannot be trained.
+
+        Args:
+            config: of its model.
+
+        Raises:
+            ValueError: when the answer shall see a glimpse token that is not in the sequence, or
+                one in the sequence shall look at images of which patches were left out.
+        """
+        beside = runs_beside(config)
+        if beside and "answer_loss" in self.loss_weights():
+            raise ValueError(
+                "answer_weight must be 0 where prune_layer is below glimpse_layer or "
+                "glimpse_lora_rank above 0: the glimpse token is not in the sequence then, so no "
+                "answer can see it"
+            )
+        tolerance = config.redundant_patches
+        leaves_out = tolerance is not None and tolerance is not False  # 0 does, too
+        if self.look_once and leaves_out and not beside:
+            raise ValueError(
+                "look_once with redundant_patches needs a glimpse beside the sequence: in it, over "
+                "a look, the glimpse token needs whole images; leave one of the two out, or set "
+                "prune_layer below glimpse_layer or glimpse_lora_rank above 0"
+            )
+
     def _check_objectives(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
@@ -178,6 +204,12 @@ class Stage1Recipe(TrainingRecipe):
             settings.setdefault("eval_strategy", "steps")
             settings.setdefault("eval_steps", settings.get("save_steps", Stage1Config.save_steps))
         return Stage1Config(**settings)
+
+
+def runs_beside(config: PretrainedConfig) -> bool:
+    """Whether a glimpse token runs beside the sequence in training, and not in it."""
+    early = config.prune_layer not in (None, config.glimpse_layer)
+    return early or config.glimpse_lora_rank > 0
 
 
 def computes_in_bfloat16() -> bool:

@@ -33,7 +33,7 @@ from .figure_means import FigureMeans, figures_of
 from .late_glimpse import with_backbone
 from .pages import Pages, behind_pages
 from .soft_mask import annealed, log_keep_probability, logistic_noise
-from .stage1_config import Stage1Config
+from .stage1_config import Stage1Config, runs_beside
 from .stage1_losses import (
     answer_loss,
     distillation_loss,
@@ -60,7 +60,7 @@ class Stage1Trainer(Trainer):
         kwargs: as `Trainer` takes them. The data collator must be a `VisualCoTCollator`.
 
     Raises:
-        ValueError: when the answer shall see a glimpse token that is not in the sequence.
+        ValueError: as for `Stage1Config.check_glimpse`.
     """
 
     args: Stage1Config
@@ -72,15 +72,8 @@ class Stage1Trainer(Trainer):
         late: PreTrainedModel | None = None,
         **kwargs,
     ):
-        config = model.config
-        early = config.prune_layer not in (None, config.glimpse_layer)
-        self.runs_beside = early or config.glimpse_lora_rank > 0
-        if self.runs_beside and "answer_loss" in args.loss_weights():
-            raise ValueError(
-                "answer_weight must be 0 where prune_layer is below glimpse_layer or "
-                "glimpse_lora_rank above 0: the glimpse token is not in the sequence then, so no "
-                "answer can see it"
-            )
+        args.check_glimpse(model.config)
+        self.runs_beside = runs_beside(model.config)
         model.requires_grad_(False)
         model.model.glimpse.requires_grad_(True)
         freeze_unread_additions(model)

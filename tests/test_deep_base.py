@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from benchmarks.deep_base.__main__ import highest
+from benchmarks.deep_base.curves import curve
+from benchmarks.deep_base.curves import table as curves_table
 from benchmarks.deep_base.looking import _recall, by_place
 from benchmarks.deep_base.rows import Row, evidence_share, size_of, table, table_of_sizes
 from benchmarks.report.statistics import Bootstrap
@@ -88,3 +90,20 @@ def test_recall_counts_evidence_among_the_best_attended():
     evidence = torch.zeros(20, dtype=torch.bool)
     evidence[3:5] = True
     assert _recall(attention, evidence).tolist() == [1.0, 0.5]
+
+
+def test_curves_average_the_steps_of_a_stage_that_asked_a_kind():
+    steps = [
+        {"step": 1, "stage": "a", "minutes": 0.1, "accuracy_of_value": 0.5, "accuracy": 0.5},
+        {"step": 2, "stage": "a", "minutes": 0.2, "accuracy_of_value": float("nan"), "norm": 3.0},
+        {"step": 3, "stage": "b", "minutes": 0.3, "accuracy_of_value": 1.0, "left_accuracy": 0.25},
+    ]
+    first, second = curve(steps)
+    assert first == {
+        "step": 2, "stage": "a", "minutes": 0.2, "accuracy_of_value": 0.5, "accuracy": 0.5
+    }  # fmt: skip
+    assert second["step"] == 3 and second["accuracy_of_value"] == 1.0
+    assert curves_table([first, second]).splitlines()[2:] == [
+        "| a | 2 | 0.50 |  |",
+        "| b | 3 | 1.00 | 0.25 |",
+    ]

@@ -11,16 +11,14 @@ accuracy and recall are those of test pages. Finished variants are not trained a
 import argparse
 import json
 import math
-import platform
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import transformers
 from tqdm.auto import tqdm
 
 from benchmarks.stage1_objectives import RECIPE, stock_base
+from benchmarks.versions import versions
 from glimpseprune.baselines.method import Method, OwnPruning
 from glimpseprune.calibration import evidence_recall, score_questions, threshold_for
 from glimpseprune.commands.evaluate import CAP, read_samples
@@ -204,10 +202,7 @@ def describe(arguments: argparse.Namespace, base_accuracy: float) -> dict[str, o
         "base": str(TINY_MODEL.relative_to(REPOSITORY)),
         "variants": TRAINED,
         "cap": CAP,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        **versions(),
     }
 
 

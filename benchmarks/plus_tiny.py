@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
 import trl
 
+from benchmarks.versions import versions
 from glimpseprune.baselines.method import Method, OwnPruning
 from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.evaluation import evaluate
@@ -270,8 +269,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
         "recipes": [path.name for path in RECIPES_USED],
         "prompts_a_step": PROMPTS_A_STEP,
         "stage_1_again": AGAIN,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
         "trl": trl.__version__,
     }
 

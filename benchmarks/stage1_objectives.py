@@ -11,7 +11,6 @@ best tokens as the trained one that keeps most. What lies in the working folder 
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.versions import versions
 from glimpseprune.data.visual_cot import VisualCoTRow, read_visual_cot
 from glimpseprune.data.visual_cot_collator import VisualCoTCollator, repeat_visuals
 from glimpseprune.loading import REPOSITORY, TINY_MODEL
@@ -233,10 +233,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, object]:
         "objectives": OBJECTIVES,
         "thresholds": THRESHOLDS,
         "tolerance": TOLERANCE,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        **versions(),
     }
 
 

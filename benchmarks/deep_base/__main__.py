@@ -8,14 +8,13 @@ every layer given, without training; `--early` adds a repository trained to be r
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 
 from benchmarks.report.statistics import Bootstrap
+from benchmarks.versions import versions
 from glimpseprune.baselines.fastv import FastV
 from glimpseprune.baselines.method import Method, OwnPruning, TextOnly
 from glimpseprune.baselines.oracle_evidence import OracleEvidence
@@ -159,10 +158,7 @@ def describe(arguments: argparse.Namespace, late: int) -> dict[str, object]:
         **{name: str(value) for name, value in vars(arguments).items()},
         "glimpse layer K": late,
         "threshold keeps": WANTED,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        **versions(),
     }
 
 

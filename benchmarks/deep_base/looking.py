@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.versions import versions
 from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.commands.make_pages import parse_grid
 from glimpseprune.data.visual_cot import evidence_mask
@@ -52,8 +53,7 @@ def main() -> None:
         "grids": arguments.grids,
         "split": "validation",
         "share": SHARE,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
     }
     report = {"settings": settings, "recall": found}
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

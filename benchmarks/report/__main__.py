@@ -11,9 +11,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import transformers
-
+from benchmarks.versions import versions
 from glimpseprune.baselines.catalogue import (
     RATIOS,
     compared_methods,
@@ -144,8 +142,7 @@ def _settings(arguments, model, questions: int, figures: Figures) -> dict[str, o
         "decoder layers": figures.costs.sizes.layers,
         "glimpse layer K": model.config.glimpse_layer,
         "threshold": model.config.prune_threshold,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
     }
 
 

@@ -2,14 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import NEWEST_ONLY, SHARED_OUT, is_shared_with
+from fresh_process import run_fresh
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -98,8 +97,8 @@ def test_a_deprecated_argument_is_an_error_wherever_it_is_told():
     assert len(told) == 1
 
 
-def run_on(overlay: Path | None, folder: Path, *arguments: object) -> subprocess.Popen:
-    """A process with an older release in front of the newest; None is the newest alone."""
+def run_on(overlay: Path | None, folder: Path, *arguments: object) -> str:
+    """What a process prints with an older release in front of the newest; None is the newest."""
     ours = [str(TESTS.parent), str(TESTS)] if WRITER in arguments else []
     paths = [str(overlay)] * (overlay is not None) + ours
     settings = {
@@ -107,22 +106,9 @@ def run_on(overlay: Path | None, folder: Path, *arguments: object) -> subprocess
         "HF_HOME": str(folder),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(processes: dict[str, subprocess.Popen]) -> dict[str, str]:
-    """What each printed; all must have gone well."""
-    outputs = {name: process.communicate() for name, process in processes.items()}
-    for name, process in processes.items():
-        assert process.returncode == 0, f"{name}: {outputs[name][1][-3000:]}"
-    return {name: out for name, (out, _) in outputs.items()}
+    completed = run_fresh(*arguments, cwd=folder, env=os.environ | settings)
+    assert completed.returncode == 0, f"{overlay}: {completed.stderr[-3000:]}"
+    return completed.stdout
 
 
 def test_what_any_release_writes_loads_on_every_release(tmp_path):
@@ -134,19 +120,11 @@ def test_what_any_release_writes_loads_on_every_release(tmp_path):
     places = {name: tmp_path / name for name in overlays}
     for place in places.values():
         (place / "written").mkdir(parents=True)
-    finish(
-        {
-            name: run_on(overlay, places[name], WRITER, places[name] / "written")
-            for name, overlay in overlays.items()
-        }
-    )
+    for name, overlay in overlays.items():
+        run_on(overlay, places[name], WRITER, places[name] / "written")
     written = sorted(path.parent for path in tmp_path.glob("*/written/*/expected.json"))
     assert len(written) == 6 * len(overlays)
-    read = finish(
-        {
-            name: run_on(overlay, places[name], "-c", READER, *written)
-            for name, overlay in overlays.items()
-        }
-    )
-    releases = {out.split()[0] for out in read.values()}
-    assert len(releases) == len(overlays), f"some releases are the same: {read}"
+    read = [
+        run_on(overlay, places[name], "-c", READER, *written) for name, overlay in overlays.items()
+    ]
+    assert len({out.split()[0] for out in read}) == len(overlays), f"some are the same: {read}"

@@ -12,6 +12,7 @@ from benchmarks.deep_base.looking import _recall, by_place
 from benchmarks.deep_base.rows import Row, evidence_share, size_of, table, table_of_sizes
 from benchmarks.report.statistics import Bootstrap
 from glimpseprune.baselines.method import Method, OwnPruning
+from glimpseprune.commands.evaluate import read_samples
 from glimpseprune.evaluation import Answer
 from glimpseprune.sample import Sample
 
@@ -107,3 +108,8 @@ def test_curves_average_the_steps_of_a_stage_that_asked_a_kind():
         "| a | 2 | 0.50 |  |",
         "| b | 3 | 1.00 | 0.25 |",
     ]
+
+
+def test_questions_may_be_about_pages_of_given_sizes():
+    samples = read_samples(None, None, 40, 0, split="validation", grids=((6, 8), (16, 20)))
+    assert {size_of(sample) for sample in samples} == {"6x8", "16x20"}

@@ -10,7 +10,7 @@ from glimpseprune.cli import main
 from glimpseprune.tiny_world.accuracy import chat_prompt, held_out_questions
 from glimpseprune.tiny_world.asking import LONGEST_LIST, ask
 from glimpseprune.tiny_world.cards import card_targets, character_targets
-from glimpseprune.tiny_world.links import link_targets
+from glimpseprune.tiny_world.links import LinkHead, link_targets
 from glimpseprune.tiny_world.pages import (
     KINDS,
     LETTERS,
@@ -202,6 +202,19 @@ def test_links_are_the_label_on_the_left():
         assert key == (list(page.labels[number - 1].key) if number % 3 else [None, None])
         found += number % 3 > 0
     assert found == 12 and (links == -1).any()
+
+
+def test_the_link_head_hears_the_letters_that_a_state_says():
+    letters = torch.randn(len(LETTERS), 192, generator=torch.Generator().manual_seed(0))
+    head = LinkHead(letters, seed=0)
+    links = torch.tensor([[1, 2], [24, 24], [0, 0], [-1, -1]])
+    states = head.codes[0, links[:, 0].clamp(min=0)] + head.codes[1, links[:, 1].clamp(min=0)]
+    said = head.figures(states, links)
+    assert said["left_accuracy"] == 1
+    swapped = head.figures(states, links.flip(1))  # the two places have rotations of their own
+    assert swapped["left_accuracy"] == 0.5 and swapped["link_loss"] > said["link_loss"]
+    (letter,) = torch.autograd.grad(said["link_loss"], head.bias)
+    assert letter.any()
 
 
 def test_make_pages_writes_what_datasets_reads(tmp_path, capsys):

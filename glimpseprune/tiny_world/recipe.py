@@ -27,7 +27,7 @@ class Stage:
     the image from the tokens of every other question (see `packing`). `page_from_layer` holds the
     page back from all text in the decoder layers below it, so that looking is learned above; a
     training ends with 0, for a finished model sees everything. `freeze_vision` leaves the vision
-    encoder be. `link_weight` is that of the loss on what labels have to do with one another (see
+    encoder be. `link_weight` is that of the loss on which label lies on the left of another (see
     `links`), read off the visual tokens after the decoder layer `link_layer`. `by_question` lets
     each question count alike in the answers' loss, not each token.
     """

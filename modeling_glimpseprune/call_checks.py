@@ -61,22 +61,18 @@ def check_over_prefix(
 def check_whole(cache: Cache | None) -> None:
     """Refuse `prune=False` over visuals that were encoded in part, which the stock model never is.
 
-    Of a kept cache the latest record says so; one that went on with whole images does not.
-
     Args:
         cache: a prefix, or the cache of an earlier turn.
 
     Raises:
         ValueError: as said.
     """
-    if isinstance(cache, GlimpsePrefix):
-        lacks, held = cache.held.lacks_patches, "this prefix"
-        remedy = "look again with redundant_patches=False"
-    else:
-        encoded = getattr(getattr(cache, "glimpse", None), "encoded", None)
-        lacks, held = encoded is not None and not bool(encoded.all()), "this cache"
-        remedy = "start again without the cache"
-    if lacks:
+    layers = getattr(cache, "layers", None)
+    lacks = getattr(layers[0], "lacks_patches", None) if layers else None
+    if lacks is not None and bool(lacks.any()):
+        held, remedy = "this cache", "start again without the cache"
+        if isinstance(cache, GlimpsePrefix):
+            held, remedy = "this prefix", "look again with redundant_patches=False, at every turn"
         raise ValueError(
             f"{held} lacks the patches that redundant_patches or visual_encode_mask left out in "
             f"front of the vision encoder, and prune=False answers from all: {remedy}"

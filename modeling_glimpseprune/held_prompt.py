@@ -48,14 +48,6 @@ class HeldPrompt:
         """Tokens as the caller sees them."""
         return self.length + self.dropped
 
-    @property
-    def lacks_patches(self) -> bool:
-        """Whether visual tokens of its `rows` were left out in front of the encoder."""
-        encoded = self.tokens.encoded
-        if encoded is None:
-            return False
-        return bool(torch.isin(self.tokens.rows[~encoded].cpu(), self.rows).any())
-
     def select_rows(self, rows: torch.Tensor) -> "HeldPrompt":
         """Begin the rows of another batch with these; `rows` `(batch,)` are rows of this one."""
         return replace(self, rows=self.rows[rows])

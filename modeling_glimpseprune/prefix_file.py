@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-FORMAT = "glimpse_prefix 2"
+FORMAT = "glimpse_prefix 3"
 
 
 def write_parts(path: str | os.PathLike, tensors: dict[str, torch.Tensor], notes: dict) -> None:

@@ -14,7 +14,7 @@ from .stock import QUANTIZED_LAYER, number_of_tokens
 
 # What a layer knows of its prompt: in all, and for each row.
 MARKS = ("dropped", "prompt_slots", "fixed_slots")
-ROW_MARKS = ("prompt_mask", "prompt_columns", "position_delta")
+ROW_MARKS = ("prompt_mask", "prompt_columns", "position_delta", "lacks_patches")
 
 
 class PrunedLayer(DynamicLayer):
@@ -33,6 +33,8 @@ class PrunedLayer(DynamicLayer):
             for laying attentions out; on the cache's first layer only.
         position_delta: `(batch, 1)`, the next token's rotary position minus the logical length, or
             None before the first pruning.
+        lacks_patches: `(batch,)` bool, True where visual tokens of this prompt or of an earlier
+            turn were left out in front of the vision encoder, or None where none was.
     """
 
     def __init__(self, *args, **kwargs):
@@ -46,6 +48,7 @@ class PrunedLayer(DynamicLayer):
         self.prompt_mask: torch.Tensor | None = None
         self.prompt_columns: torch.Tensor | None = None
         self.position_delta: torch.Tensor | None = None
+        self.lacks_patches: torch.Tensor | None = None
 
     @property
     def physical_length(self) -> int:

@@ -555,6 +555,39 @@ class TestWithoutPruning:
             else:
                 assert len(generate(model, inputs, 2, prune=False).logits) == 2
 
+    @torch.no_grad()
+    def test_turns_behind_one_that_lacks_some(self, rows, family, tmp_path):
+        """A turn of whole images hides it neither from a third turn nor from a prefix behind it."""
+        model, first, encode = rows
+        second = build_batch([[1, (2, 2), 3]] * 2, 1, family)
+        third = build_batch([[3]] * 2, 2, family)
+        for mask, refused in ((encode, True), (torch.ones_like(encode), False)):
+            start = generate(model, first.inputs, 3, visual_encode_mask=mask, max_keep_ratio=0.5)
+            said = start.sequences[:, first.inputs["input_ids"].shape[1] :]
+            both = conversation(first, second, said)
+            inputs = follow(first, second, start, both)
+            looked = model.look(**inputs)
+            looked.save(tmp_path / "page")
+            prefixes = (looked, model.load_prefix(tmp_path / "page"), looked.select_rows([1]))
+            asked = [laid_out(looked, inputs) | given_cache(each) for each in prefixes[:2]]
+            asked.append(laid_out(prefixes[2], both.rows[1]) | given_cache(prefixes[2]))
+            whole_row = looked.select_rows([0])
+            assert model.generate(
+                **laid_out(whole_row, both.rows[0]), **given_cache(whole_row), **self.ASKED
+            ).shape
+            after = generate(model, inputs, 3, max_keep_ratio=0.5)
+            assert cache_of(after).glimpse.encoded is None
+            later = follow(both, third, after, third)
+            if not refused:
+                for each in (later, *asked):
+                    assert len(generate(model, each, 2, prune=False).logits) == 2
+                continue
+            with pytest.raises(ValueError, match="this cache lacks .* without the cache"):
+                model.generate(**later, **self.ASKED)
+            for each in asked:
+                with pytest.raises(ValueError, match=self.OF_PREFIX):
+                    model.generate(**each, **self.ASKED)
+
 
 class TestBadInput:
     @pytest.fixture

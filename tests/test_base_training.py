@@ -84,6 +84,18 @@ def test_blind_questions_do_not_see_the_image_but_the_rest_does(processor):
     assert blind.visible[0, 0][:, ~image].equal(open_eyes.visible[0, 0][:, ~image])
 
 
+@pytest.mark.parametrize(("fields", "asked"), [({}, (8, 8)), ({"questions_a_step": 6}, (3, 6))])
+def test_questions_of_a_page_or_of_a_step(tmp_path, processor, fields, asked):
+    """Large pages fill a step alone: of a step's questions they get more than small ones."""
+    kinds = {"none": 1.0}  # as many as wanted, however few labels there are
+    for grid, pages, number in (((4, 4), 2, 0), ((4, 8), 1, 1)):
+        stage = Stage("x", "cards", 1, 32, (grid,), kinds=kinds, **fields)
+        recipe = Recipe((stage,), decoder={"num_hidden_layers": 1})
+        batch = BaseTrainer(recipe, processor, tmp_path, 0)._batch(stage)
+        assert len(batch.pages) == pages
+        assert batch.packed.block.amax(dim=1).tolist() == [asked[number]] * pages
+
+
 def _features(seen):
     """The merged tokens `(tokens, width)` of one image in either generation of transformers."""
     features = seen if isinstance(seen, tuple | list) else seen.pooler_output

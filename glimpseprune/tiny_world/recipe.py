@@ -20,6 +20,8 @@ class Stage:
 
     A step takes as many pages of one grid as come near `tokens` visual tokens, and up to
     `questions` about each, in the shares of `kinds`; `form` is how they are put (see `packing`).
+    `questions_a_step` above 0 is shared out among a step's pages instead, so that a large page,
+    which fills a step alone, is asked about as much as many small ones.
     `rate` is the factor of the learning rates at the start and at the end, linear between.
     The weights are those of the losses for reading, for cards, and for being like the codes.
     `fit_batches` above 0 starts the stage by fitting the vision encoder's last layer to the codes
@@ -40,6 +42,7 @@ class Stage:
     rate: tuple[float, float] = (1.0, 1.0)
     warm_up: int = 20
     questions: int = 8
+    questions_a_step: int = 0
     form: str = "chat"
     kinds: dict[str, float] = field(default_factory=lambda: {"value": 1.0})
     most_labels: int | None = None

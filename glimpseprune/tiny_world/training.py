@@ -211,12 +211,16 @@ class BaseTrainer:
         grid = stage.grids[choice.integers(len(stage.grids))]
         settings = PageSettings(grids=stage.grids, most_labels=stage.most_labels)
         pages, questions = [], []
-        for _ in range(max(1, round(stage.tokens / (grid[0] * grid[1])))):
+        number = max(1, round(stage.tokens / (grid[0] * grid[1])))
+        asked = (
+            max(1, stage.questions_a_step // number) if stage.questions_a_step else stage.questions
+        )
+        for _ in range(number):
             generator = page_generator(self.seed, "train", self.pages_seen)
             self.pages_seen += 1
             page = make_page(generator, "train", settings, grid)
             pages.append(page)
-            questions.append(_mixed_questions(page, stage, generator))
+            questions.append(_mixed_questions(page, stage, asked, generator))
         images = stage.source != "cards"
         return Batch(
             grid,
@@ -370,10 +374,12 @@ def _base_weights(folder: Path) -> dict[str, torch.Tensor]:
     return named
 
 
-def _mixed_questions(page: Page, stage: Stage, generator: np.random.Generator) -> list[Question]:
-    """Up to the stage's number of questions, each kind in about its share."""
+def _mixed_questions(
+    page: Page, stage: Stage, number: int, generator: np.random.Generator
+) -> list[Question]:
+    """Up to `number` questions, each kind in about the stage's share."""
     kinds, shares = list(stage.kinds), np.array(list(stage.kinds.values()))
-    counts = generator.multinomial(stage.questions, shares / shares.sum())
+    counts = generator.multinomial(number, shares / shares.sum())
     questions = [
         question
         for kind, count in zip(kinds, counts, strict=True)

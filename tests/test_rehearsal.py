@@ -116,13 +116,16 @@ def test_a_failed_step_is_told_and_gone_on_with(tmp_path, monkeypatch, capsys):
         ]
 
     command = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "figures.json")]
-    monkeypatch.setattr(rehearsal, "steps", of("print('done')", "raise SystemExit('broken')"))
+    done = f"print('wrote {tmp_path}/work and {tmp_path}/work/late')"
+    monkeypatch.setattr(rehearsal, "steps", of(done, "raise SystemExit('broken')"))
     assert rehearsal.main(command) == 1
     assert "broken" in capsys.readouterr().err and not (tmp_path / "figures.json").exists()
     monkeypatch.setattr(rehearsal, "steps", of("raise SystemExit('again')", "print('whole')"))
     assert rehearsal.main(command) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [step["said"] for step in figures["steps"].values()] == [["done"], ["whole"]]
+    assert str(tmp_path) not in str(figures)
+    said = [step["said"] for step in figures["steps"].values()]
+    assert said == [["wrote FOLDER and late"], ["whole"]]
     with pytest.raises(ValueError, match="is of other settings"):
         rehearsal.main([*command, "--steps", "3"])
 

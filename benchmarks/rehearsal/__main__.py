@@ -104,19 +104,26 @@ def take(step: Step, arguments: argparse.Namespace, hub: Mapping[str, str], repo
         print(f"{step.shown}\n{taken.output[-TAIL:]}", file=sys.stderr)
         return False
     figures = {
-        "command": step.shown.replace(f"{arguments.work}/", ""),
+        "command": within(arguments.work, step.shown),
         "seconds": round(taken.seconds, 1),
         "processor_seconds": round(taken.processor_seconds, 1),
         "peak_bytes": taken.peak_bytes,
         "peak_own_bytes": taken.peak_own_bytes,
         "disk_bytes": disk_bytes([arguments.work]) - before,
-        "said": [line for line in taken.output.splitlines() if BAR not in line][-LINES:],
+        "said": [
+            within(arguments.work, line) for line in taken.output.splitlines() if BAR not in line
+        ][-LINES:],
     }
     report["steps"][step.name] = figures
     show(step.name, figures)
     for folder in step.drops:
         shutil.rmtree(folder, ignore_errors=True)
     return True
+
+
+def within(folder: Path, text: str) -> str:
+    """A command or a line of output as seen from a folder, wherever it lies."""
+    return text.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
 
 
 def show(name: str, figures: dict) -> None:

@@ -10,6 +10,7 @@ from benchmarks.deep_base.curves import curve
 from benchmarks.deep_base.curves import table as curves_table
 from benchmarks.deep_base.looking import _recall, by_place
 from benchmarks.deep_base.rows import Row, evidence_share, size_of, table, table_of_sizes
+from benchmarks.deep_base.seeds import table as seeds_table
 from benchmarks.report.statistics import Bootstrap
 from glimpseprune.baselines.method import Method, OwnPruning
 from glimpseprune.commands.evaluate import read_samples
@@ -113,3 +114,17 @@ def test_curves_average_the_steps_of_a_stage_that_asked_a_kind():
 def test_questions_may_be_about_pages_of_given_sizes():
     samples = read_samples(None, None, 40, 0, split="validation", grids=((6, 8), (16, 20)))
     assert {size_of(sample) for sample in samples} == {"6x8", "16x20"}
+
+
+def test_seeds_show_mean_and_range_of_what_all_files_have():
+    def report(score, questions=3, **more):
+        row = Row.of(Method(), answers([score, 1.0, 1.0], [10, 5, 1]))
+        figures = row.figures(row, Bootstrap(["a", "a", "b"]))
+        return {"settings": {"questions": questions}, "rows": {"late": figures} | more}
+
+    shown = seeds_table([report(0.0), report(1.0, early={})]).splitlines()
+    assert shown[0] == "| 2 seeds | all | none | value | kept | kept by evidence, r |"
+    assert shown[2].startswith("| late | 0.833 (0.667 to 1.000) | 1.000 | 0.750 (0.500 to 1.000) |")
+    assert len(shown) == 3
+    with pytest.raises(ValueError, match="not of the same questions"):
+        seeds_table([report(0.0), report(1.0, questions=4)])

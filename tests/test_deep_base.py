@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
-from benchmarks.deep_base.__main__ import highest
+from benchmarks.deep_base.__main__ import highest, trained_early
 from benchmarks.deep_base.curves import curve
 from benchmarks.deep_base.curves import table as curves_table
 from benchmarks.deep_base.looking import _recall, by_place
@@ -71,6 +72,12 @@ def test_figures_are_by_size_of_page():
 def test_the_best_scored_share_is_kept():
     assert highest(torch.tensor([0.1, 3.0, -1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
     assert highest(torch.tensor([0.1, 3.0]), 0.1).sum() == 1
+
+
+@pytest.mark.parametrize(("lora", "stale", "words"), [(0, 0, " without corrections"), (0, 8, "")])
+def test_early_rows_say_whether_states_are_corrected(lora, stale, words):
+    config = PretrainedConfig(glimpse_lora_rank=lora, stale_rank=stale)
+    assert trained_early(config).format(2) == f"trained early{words}, read at 2"
 
 
 def test_two_places_of_evidence_are_looked_for_one_by_one():

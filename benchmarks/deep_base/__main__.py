@@ -3,7 +3,7 @@
     python -m benchmarks.deep_base --late runs/deep_late --output FILE
 
 Thresholds keep 11 % of the tokens of validation questions. The late glimpse is read ahead from
-every layer given, without training; `--early` adds a repository trained to be read ahead.
+every layer given, without training; `--early` adds repositories trained to be read ahead.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from benchmarks.report.statistics import Bootstrap
 from benchmarks.versions import versions
@@ -39,7 +40,12 @@ ENOUGH = 0.99
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--late", required=True, help="repository whose glimpse is read late")
-    parser.add_argument("--early", help="repository whose glimpse was trained to be read ahead")
+    parser.add_argument(
+        "--early",
+        nargs="+",
+        default=[],
+        help="repositories whose glimpse was trained to be read ahead",
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--kinds", nargs="+", default=["value"])
     parser.add_argument("--grids", nargs="+", type=parse_grid, default=[], help="such as 8x8 24x32")
@@ -79,10 +85,10 @@ def compare(arguments: argparse.Namespace) -> dict:
         rows += answered(model, processor, test, [Method()])
     layers = sorted({late, *arguments.prune_layers}, reverse=True)
     rows += glimpsed("late, read at {}", model, processor, validation, test, layers)
-    if arguments.early:
-        model, processor = load_model(arguments.early)
+    for repository in arguments.early:
+        model, processor = load_model(repository)
         early = [model.config.prune_layer]
-        rows += glimpsed("trained early, read at {}", model, processor, validation, test, early)
+        rows += glimpsed(trained_early(model.config), model, processor, validation, test, early)
     base = rows[0]
     report = {
         "settings": describe(arguments, late),
@@ -96,6 +102,12 @@ def compare(arguments: argparse.Namespace) -> dict:
             if accuracy["mean"] < ENOUGH * report["rows"][base.name]["accuracy"][kind]["mean"]
         ]
     return report
+
+
+def trained_early(config: PretrainedConfig) -> str:
+    """How rows of a glimpse that was trained to be read ahead are called, `{}` being P."""
+    corrected = config.stale_rank or config.glimpse_lora_rank
+    return f"trained early{'' if corrected else ' without corrections'}, read at {{}}"
 
 
 def baselines() -> list[Method]:

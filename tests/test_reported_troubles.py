@@ -255,26 +255,17 @@ def test_unpruned_prefills_in_chunks_are_the_stock_models(shared_models, build_b
     assert torch.equal(models.pruned.generate(**batch.inputs, **chunked, prune=False), expected)
 
 
-@pytest.mark.parametrize("with_image", [False, True])
 @torch.no_grad()
-def test_calls_compile_where_the_stock_models_do(build_models, build_batch, with_image):
-    models = build_models(5)
-    inputs = build_batch([[2, (2, 3), 5]]).inputs
-    if not with_image:
-        inputs = {"input_ids": torch.arange(1, 9)[None]}
-    settings = {"use_cache": False}
+def test_calls_compile_where_the_stock_models_do(build_models):
+    """With text alone: over images the stock models compile whole on no release tested."""
+    models = build_models(5, glimpse={"glimpse_layer": 1, "attention_layers": [1]}, num_layers=2)
+    inputs = {"input_ids": torch.arange(1, 9)[None], "use_cache": False}
 
     def compiled(model, **more):
         torch._dynamo.reset()
-        return torch.compile(model, fullgraph=True, backend="eager")(**inputs, **settings, **more)
+        return torch.compile(model, fullgraph=True, backend="eager")(**inputs, **more)
 
-    try:
-        expected = compiled(models.stock).logits
-    except (
-        RuntimeError,
-        torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
-    ) as error:
-        pytest.skip(f"the stock model does not compile whole: {type(error).__name__}")
+    expected = compiled(models.stock).logits
     assert torch.equal(compiled(models.pruned, prune=False).logits, expected)
 
 

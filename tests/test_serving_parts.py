@@ -213,7 +213,7 @@ def test_a_kept_prefix_that_lacks_patches_answers_no_stock_model(
     options = {"max_new_tokens": 4, "do_sample": False}
     for _ in range(2):
         answer(models.pruned, store, inputs, {}, **options)
-        assert store.find(models.pruned, inputs, None).prefix.held.lacks_patches
+        assert store.find(models.pruned, inputs, None).prefix.layers[0].lacks_patches.all()
         ids, counts = answer(models.pruned, store, inputs, {"prune": False}, **options)
         assert torch.equal(ids, models.stock.generate(**inputs, **options))
         assert counts == PromptCounts(16, 16, 0)

@@ -59,9 +59,7 @@ check() { # a name, and a command
     "${@:2}" || failed+=("$1")
 }
 
-# One more than processors, as tests wait: for disks, servers and processes of their own. (nproc would
-# take OMP_NUM_THREADS for an answer.)
-workers=(-n "$(($(getconf _NPROCESSORS_ONLN) + 1))")
+workers=(-n "$(getconf _NPROCESSORS_ONLN)") # not nproc, which takes OMP_NUM_THREADS for an answer
 check "ruff check" "$venv/bin/ruff" check .
 check "ruff format" "$venv/bin/ruff" format --check .
 check "transformers $newest" "$python" -m pytest "${workers[@]}" "$@"

@@ -97,14 +97,6 @@ def seal(block: TokenBlock, layers: list[PrunedLayer]) -> None:
         layer.fixed_slots = block.fixed_slots
         layer.prompt_mask = block.mask
         layer.position_delta = delta[:, None]
-        layer.lacks_patches = _either(layer.lacks_patches, block.lacks_patches)
         layer.seal()
     past_columns = block.past_columns.expand(len(new_columns), -1)
     layers[0].prompt_columns = torch.cat([past_columns, new_columns], dim=1)
-
-
-def _either(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """Where one of two masks says so; None says so nowhere."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first.to(second.device) | second

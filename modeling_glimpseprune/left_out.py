@@ -35,10 +35,7 @@ def leave_out(block: TokenBlock, request: PruneRequest) -> PruneRequest:
         return request
     start = 0 if held is None else held.logical_length
     kept = block.valid.clone()
-    left_out = ~tokens.encoded
-    block.lacks_patches = kept.new_zeros(len(kept))
-    block.lacks_patches[tokens.rows[left_out]] = True
-    own = left_out & (tokens.columns >= start)
+    own = ~tokens.encoded & (tokens.columns >= start)
     kept[tokens.rows[own], tokens.columns[own] - start] = False
     known = torch.cat([kept.sum(1), (kept[:, -1] == block.valid[:, -1]).all().view(1)]).tolist()
     *counts, ends_seen = known

@@ -131,6 +131,11 @@ class PrunedLayer(DynamicLayer):
             if rows is not None:
                 setattr(self, name, function(rows))
 
+    def note_left_out(self, rows: torch.Tensor) -> None:
+        """Remember rows, `(batch,)` bool, that lack patches, beside those of earlier turns."""
+        before = self.lacks_patches
+        self.lacks_patches = rows if before is None else before.to(rows.device) | rows
+
     def seal(self) -> None:
         """Hear that the prompt is compact: from here on the layer only grows."""
 

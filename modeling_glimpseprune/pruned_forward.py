@@ -178,6 +178,10 @@ class PrunedForwardMixin:
         """Hidden states `(batch, length, hidden)` after the final norm, as the caller sees them."""
         end = call.length if request.in_place else call.prompt_length
         ahead = self._tokens_ahead(call.prompt_length, request)
+        if request.tokens.encoded is not None:
+            rows = request.tokens.rows_left_out(len(call.inputs_embeds))
+            for layer in run.cache.layers:
+                layer.note_left_out(rows)
         if request.in_place and request.tokens.encoded is not None:
             call = call.hiding(request.tokens, run.cache.get_seq_length())
             request = replace(request, tokens=request.tokens.seen_by_encoder())

@@ -39,8 +39,6 @@ class TokenBlock:
         additions: by decoder layer what is still to be added to `hidden_states` before it runs,
             laid out as they are.
         unseen: tokens at the beginning that the caller does not see, those of a prefix.
-        lacks_patches: `(batch,)` bool, True where visual tokens were left out in front of the
-            encoder, or None where none was.
     """
 
     hidden_states: torch.Tensor
@@ -59,7 +57,6 @@ class TokenBlock:
     log_keep: torch.Tensor | None = None
     held: HeldPrompt | None = None
     unseen: int = 0
-    lacks_patches: torch.Tensor | None = None
     additions: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property

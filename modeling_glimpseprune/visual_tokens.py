@@ -111,6 +111,13 @@ class VisualTokens:
         chosen = replace(self._picked(places, items), sizes=sizes)
         return replace(chosen, encoded=None, whole=self, places=places)
 
+    def rows_left_out(self, batch: int) -> torch.Tensor:
+        """`(batch,)` bool, True at rows of which the vision encoder did not see some."""
+        rows = self.rows.new_zeros(batch, dtype=torch.bool)
+        if self.encoded is not None:
+            rows[self.rows[~self.encoded]] = True
+        return rows
+
     def _encoded_with(self, own: "VisualTokens") -> torch.Tensor | None:
         if self.encoded is None and own.encoded is None:
             return None

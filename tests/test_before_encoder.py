@@ -556,6 +556,21 @@ class TestWithoutPruning:
                 assert len(generate(model, inputs, 2, prune=False).logits) == 2
 
     @torch.no_grad()
+    def test_caches_of_scored_prompts(self, rows):
+        """Scoring in place keeps every token, and a cache of it lacks what was not encoded."""
+        model, batch, encode = rows
+        scored = {"in_place": True, "prune_layer": K}
+        scored["prompt_length"] = batch.inputs["input_ids"].shape[1]
+        for mask, refused in ((encode, True), (torch.ones_like(encode), False)):
+            cache = cache_of(model(**batch.inputs, visual_encode_mask=mask, **scored))
+            later = {"input_ids": torch.tensor([[5, 6]] * 2), **given_cache(cache)}
+            if refused:
+                with pytest.raises(ValueError, match="this cache lacks .* without the cache"):
+                    model(**later, prune=False)
+            else:
+                assert model(**later, prune=False).logits.shape[1] == 2
+
+    @torch.no_grad()
     def test_turns_behind_one_that_lacks_some(self, rows, family, tmp_path):
         """A turn of whole images hides it neither from a third turn nor from a prefix behind it."""
         model, first, encode = rows

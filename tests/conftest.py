@@ -8,6 +8,7 @@ plain functions, offered to the tests as fixtures of the same names, for the fam
 
 import copy
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -131,6 +132,10 @@ SHARED_OUT = {
 }
 
 
+# Modules that compare the two LLaVA families' own code: both run there, always.
+BOTH_LLAVAS = {"test_golden", "test_llava", "test_llava_bases", "test_stock", "test_hub_configs"}
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--older-release",
@@ -146,13 +151,35 @@ def pytest_ignore_collect(collection_path, config):
         return True  # False would overrule other plugins
 
 
+@pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
 def pytest_collection_modifyitems(config, items):
+    names = {item.nodeid for item in items}
+    for item in items:
+        if is_left_to_sibling(item, names):
+            item.add_marker(pytest.mark.slow)
     if not (share := config.getoption("--older-release")):
         return
     number, count = map(int, share.split("/"))
     left_out = [item for item in items if not is_shared_with(item, number, count)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
+
+
+def is_left_to_sibling(item: pytest.Item, names: set[str]) -> bool:
+    """Whether a case of one of the two LLaVA families is left to the same case of the other.
+
+    They share their language model and all of our code but for the views of an image. Which of
+    the two runs follows from the case's name; with `-m slow` the other does.
+    """
+    families = {"llava", "llava_next"} & set(re.split(r"[\[\]-]", item.nodeid))
+    if len(families) != 1 or item.path.stem in BOTH_LLAVAS:
+        return False
+    (family,) = families
+    case = re.sub(r"(?<=[\[-])llava(_next)?(?=[\]-])", "llava{}", item.nodeid)
+    both = [case.replace("{}", suffix) for suffix in ("", "_next")]
+    if not names.issuperset(both):
+        return False
+    return (crc32(case.encode()) % 2 == 0) == (family == "llava")
 
 
 def is_shared_with(item: pytest.Item, number: int, count: int) -> bool:

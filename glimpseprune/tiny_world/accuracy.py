@@ -40,12 +40,13 @@ def generated_answers(
     processor: ProcessorMixin,
     images: Sequence[np.ndarray],
     texts: Sequence[str],
-    max_new_tokens: int = 8,
+    max_new_tokens: int = 16,
     **generate_options: object,
 ) -> list[str]:
     """Greedy answers to one question an image (uint8 `(height, width, 3)`), as one batch.
 
-    Prompts are padded on the left; `generate_options` go to `model.generate` as they are.
+    No answer about a page takes more than 12 tokens (a list's). Prompts are padded on the left;
+    `generate_options` go to `model.generate` as they are.
     """
     prompts = [chat_prompt(processor, text) for text in texts]
     inputs = processor(

@@ -132,8 +132,18 @@ SHARED_OUT = {
 }
 
 
-# Modules that compare the two LLaVA families' own code: both run there, always.
-BOTH_LLAVAS = {"test_golden", "test_llava", "test_llava_bases", "test_stock", "test_hub_configs"}
+# Modules about what the two LLaVA families do not share, or about loading them: both run there,
+# always. Elsewhere each case runs for one of the two (see `is_left_to_sibling`).
+BOTH_LLAVAS = {
+    "test_automatic_classes",
+    "test_deployment",
+    "test_golden",
+    "test_hub_configs",
+    "test_llava",
+    "test_llava_bases",
+    "test_stage2_llava",
+    "test_stock",
+}
 
 
 def pytest_addoption(parser):

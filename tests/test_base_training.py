@@ -1,6 +1,7 @@
 """Training of the tiny base: packing, stages, saving, resuming, the written folder."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -8,12 +9,23 @@ import torch
 from glimpseprune.cli import main
 from glimpseprune.loading import REPOSITORY
 from glimpseprune.package_files import TINY_MODEL
-from glimpseprune.tiny_world.accuracy import chat_prompt, generated_answers, generation_accuracy
+from glimpseprune.tiny_world.accuracy import (
+    chat_prompt,
+    generated_answers,
+    generation_accuracy,
+    held_out_questions,
+)
 from glimpseprune.tiny_world.asking import ask
 from glimpseprune.tiny_world.forward import answer_figures, packed_hidden_states
 from glimpseprune.tiny_world.model import fresh_base
 from glimpseprune.tiny_world.packing import Packer
-from glimpseprune.tiny_world.pages import PageSettings, draw_page, make_page, page_generator
+from glimpseprune.tiny_world.pages import (
+    KINDS,
+    PageSettings,
+    draw_page,
+    make_page,
+    page_generator,
+)
 from glimpseprune.tiny_world.recipe import Recipe, Stage, load_recipe
 from glimpseprune.tiny_world.training import SUMMARY_FILE, BaseTrainer
 from glimpseprune.tiny_world.vocabulary import build_processor
@@ -284,6 +296,23 @@ def test_accuracy_counts_every_question(processor):
     model = fresh_base(processor, 0).eval()
     figures = generation_accuracy(model, processor, (4, 4), 5, batch_size=2, max_new_tokens=2)
     assert figures == {"accuracy": 0.0, "questions": 5, "correct": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_hears_the_longest_answers_out(processor, kind):
+    """A model that says what it is to say is right, however long that is."""
+    asked = islice(held_out_questions("test", 0, PageSettings(), (8, 12), kind), 400)
+    page, question = max(asked, key=lambda each: len(each[1].answer))
+    said = processor.tokenizer(question.answer + "<|im_end|>", return_tensors="pt").input_ids
+
+    class Says:
+        device = "cpu"
+
+        def generate(self, input_ids, max_new_tokens, **inputs):
+            return torch.cat([input_ids, said[:, :max_new_tokens]], dim=1)
+
+    answers = generated_answers(Says(), processor, [draw_page(page)], [question.text])
+    assert answers == [question.answer]
 
 
 def test_a_recipe_with_an_unknown_source_is_refused():

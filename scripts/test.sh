@@ -5,7 +5,7 @@
 # One virtual environment holds everything with the newest release; a folder that goes in front of it
 # holds an older one and the libraries tied to it, so that torch is installed once. The newest release
 # runs all tests, older ones those that depend on the release, of which they share out the widest
-# (see `NEWEST_ONLY` and `SHARED_OUT` in tests/conftest.py).
+# (see `NEWEST_ONLY` and `SHARED_OUT` in tests/shares.py).
 # What fails stops nothing; the exit code says whether anything did.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import NEWEST_ONLY, SHARED_OUT, is_shared_with
 from fresh_process import run_fresh
 from packaging.requirements import Requirement
 from packaging.version import Version
+from shares import BOTH_LLAVAS, NEWEST_ONLY, SHARED_OUT, is_left_to_sibling, is_shared_with
 
 from modeling_glimpseprune.stock import NEWEST_TESTED
 
@@ -67,6 +67,7 @@ def test_the_range_begins_with_the_oldest_tested_releases():
 def test_what_runs_on_the_newest_release_alone_exists():
     modules = {path.stem for path in TESTS.glob("test_*.py")}
     assert NEWEST_ONLY <= modules and SHARED_OUT <= modules - NEWEST_ONLY
+    assert BOTH_LLAVAS <= modules
 
 
 def test_older_releases_share_out_every_case():
@@ -79,6 +80,22 @@ def test_older_releases_share_out_every_case():
     assert sorted(map(sum, shares)) == [1] * 40 and 5 < sum(share[0] for share in shares) < 35
     case.path = Path("test_turns.py")
     assert is_shared_with(case, 1, 2) and is_shared_with(case, 2, 2)
+
+
+def left_out(module: str, *cases: str) -> list[bool]:
+    ids = [f"tests/{module}.py::test_a[{case}]" for case in cases]
+    return [
+        is_left_to_sibling(SimpleNamespace(nodeid=each, path=Path(f"{module}.py")), set(ids))
+        for each in ids
+    ]
+
+
+def test_one_llava_family_runs_each_case():
+    pairs = [left_out("test_turns", f"llava-{n}", f"llava_next-{n}") for n in range(40)]
+    assert all(sum(pair) == 1 for pair in pairs) and 5 < sum(pair[0] for pair in pairs) < 35
+    alone = ("llava-1", "llava_next-2", "llava-llava_next", "qwen3_vl")
+    assert not any(left_out("test_turns", *alone))
+    assert not any(left_out("test_llava", "llava", "llava_next"))
 
 
 @pytest.mark.parametrize("module", ["glimpseprune.loading", "transformers_modules.tiny.glimpse"])

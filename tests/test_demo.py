@@ -3,7 +3,7 @@
 import gc
 import re
 import weakref
-from functools import partialmethod
+from functools import partial, partialmethod
 from importlib.util import find_spec
 from io import BytesIO
 
@@ -14,7 +14,7 @@ from transformers import GenerationMixin
 
 from glimpseprune.cli import main
 from glimpseprune.commands.ask import SAMPLE_QUESTION
-from glimpseprune.demo.session import NO_ANSWER, NO_IMAGE, NO_QUESTION, Session, Settings
+from glimpseprune.demo.session import NO_ANSWER, NO_IMAGE, NO_QUESTION, Session, Settings, Visitor
 from glimpseprune.demo.words import Shown, redrawn, shown, trouble_of
 from glimpseprune.loading import load_model, prepare
 from glimpseprune.package_files import SAMPLE_PAGE, TINY_MODEL
@@ -199,6 +199,28 @@ def test_sentences_for_what_is_missing(tiny, session, settings):
         with pytest.raises(ValueError) as told:
             ask()
         assert trouble_of(told.value) == sentence
+
+
+def test_requests_that_overtake_one_another_are_about_their_image(tiny, settings, runs, tmp_path):
+    files = {turned: str(tmp_path / f"{turned}.png") for turned in (False, True)}
+    for turned, path in files.items():
+        page = Image.open(SAMPLE_PAGE)
+        (page.transpose(Image.Transpose.ROTATE_180) if turned else page).save(path)
+    opened = []
+    visitor = Visitor()
+    at = partial(visitor.session_at, open_session=lambda: opened.append(1) or Session(*tiny, 8))
+    assert at(files[False]).ask(SAMPLE_QUESTION, settings).text == "577"
+    before = at(files[False]).prefix
+    # the next image's own request comes after the question about it
+    other = at(files[True])
+    assert other.ask(SAMPLE_QUESTION, settings).text != "577" and other.prefix is not before
+    assert len(at(files[True]).answers) == 1
+    assert runs == ["look", "generate"] * 2
+    assert at(None).image is None and at(None).answers == []
+    with pytest.raises(FileNotFoundError):
+        at(str(tmp_path / "gone.png"))
+    assert at(str(tmp_path / "gone.png")).image is None  # it is said once
+    assert opened == [1]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
-    """Opens the page in a window of its own; it may load nothing from elsewhere."""
+    """Opens the page in a window of its own; it may load nothing from elsewhere, nor wait for
+    what Gradio's queue may lose (see `page._connect`)."""
     contexts, asked = [], []
 
     def opened(window: dict = DESKTOP, **options) -> Page:
@@ -139,6 +140,7 @@ def open_page(browser, address):
         context.close()
     hosts = {urlsplit(url).hostname for url in asked if url.startswith(("http", "ws"))}
     assert hosts <= {LOCALHOST}
+    assert asked and not [url for url in asked if "/queue/" in url]
 
 
 def button(page: Page, name: str) -> Locator:

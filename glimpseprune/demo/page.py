@@ -3,7 +3,7 @@
 import logging
 import socket
 from collections.abc import Callable
-from pathlib import Path
+from threading import Lock
 
 import gradio as gr
 import uvicorn
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..commands.ask import SAMPLE_QUESTION
 from ..package_files import SAMPLE_PAGE
-from .session import Session, Settings
+from .session import Session, Settings, Visitor
 from .words import Shown, redrawn, shown, trouble_of
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def build(open_session: Callable[[], Session], name: str) -> gr.Blocks:
     with gr.Blocks(
         title="GlimpsePrune", analytics_enabled=False, delete_cache=(HOUR, HOUR)
     ) as page:
-        session = gr.State(time_to_live=HOUR)
+        visitor = gr.State(Visitor(), time_to_live=HOUR)
         gr.Markdown(
             f"# GlimpsePrune\n`{name}` glimpses at an image and goes on with the visual tokens "
             "that a question needs. Each question is asked by itself, over one look at the image."
@@ -84,10 +84,11 @@ def build(open_session: Callable[[], Session], name: str) -> gr.Blocks:
             with gr.Column():
                 sliders = _sliders(first, model_config)
                 parts |= _parts("kept", "pictures")
-        _connect(open_session, session, image, question, sliders, parts, ask, whole)
+        _connect(open_session, visitor, image, question, sliders, parts, ask, whole)
         sample.click(
             lambda: (Image.open(SAMPLE_PAGE), SAMPLE_QUESTION),
             outputs=[image, question],
+            queue=False,
             api_visibility="private",
         )
     return page
@@ -168,7 +169,7 @@ def _sliders(first: Settings, model_config) -> list[gr.Slider]:
 
 def _connect(
     open_session: Callable[[], Session],
-    session: gr.State,
+    visitor: gr.State,
     image: gr.Image,
     question: gr.Textbox,
     sliders: list[gr.Slider],
@@ -176,56 +177,61 @@ def _connect(
     ask: gr.Button,
     whole: gr.Button,
 ) -> None:
-    """Say what happens when something is pressed or moved."""
+    """Say what happens when something is pressed or moved.
+
+    Each request is answered by its own response. By way of Gradio's queue the answers of a page
+    come over one stream, which closes when none is waited for; an answer that is asked for in that
+    moment is lost, and the page waits for ever.
+    """
+
+    model_in_use = Lock()
 
     def step(do: Callable[..., object]) -> Callable[..., tuple]:
         """Do something with the session, and show it; what goes wrong becomes a sentence."""
 
-        def run(held: Session | None, path: str | None, *values: object) -> tuple:
-            current, (*given, threshold, cap, layer) = held or open_session(), values
+        def run(visitor: Visitor, path: str | None, *values: object) -> tuple:
+            *given, threshold, cap, layer = values
             settings, said = Settings(threshold, cap, int(layer)), ""
-            try:
-                if held is None and path is not None:  # forgotten in the meantime
-                    current.show(Path(path).read_bytes())
-                do(current, path, settings, *given)
-            except Exception as error:
-                if not isinstance(error, (ValueError, OSError)):
-                    logger.exception("an error that the page shows in a sentence")
-                said = trouble_of(error)
-            return current, *shown(current, settings, said)
+            with model_in_use:
+                try:
+                    do(visitor.session_at(path, open_session), settings, *given)
+                except Exception as error:
+                    if not isinstance(error, (ValueError, OSError)):
+                        logger.exception("an error that the page shows in a sentence")
+                    said = trouble_of(error)
+                return visitor, *shown(visitor.session, settings, said)
 
         return run
 
-    def show(current: Session, path: str | None, settings: Settings) -> None:
-        current.show(None if path is None else Path(path).read_bytes())
+    def nothing_more(current: Session, settings: Settings) -> None:
+        """The session shows the page's image whatever is done."""
 
-    def answer(current: Session, path: str | None, settings: Settings, text: str) -> None:
+    def answer(current: Session, settings: Settings, text: str) -> None:
         current.ask(text, settings)
 
-    def compare(current: Session, path: str | None, settings: Settings) -> None:
+    def compare(current: Session, settings: Settings) -> None:
         current.ask_whole()
 
-    def redraw(current: Session | None, *values: float) -> tuple[str, str]:
-        return redrawn(current or open_session(), Settings(*values))
+    def redraw(visitor: Visitor, *values: float) -> tuple[str, str]:
+        return redrawn(visitor.session or open_session(), Settings(*values))
 
-    outputs = [session, *(parts[name] for name in Shown._fields)]
-    one_by_one = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-    image.change(step(show), [session, image, *sliders], outputs, **one_by_one)
+    outputs = [visitor, *(parts[name] for name in Shown._fields)]
+    by_itself = {"queue": False, "api_visibility": "private"}
+    image.change(step(nothing_more), [visitor, image, *sliders], outputs, **by_itself)
     gr.on(
         [ask.click, question.submit],
         step(answer),
-        [session, image, question, *sliders],
+        [visitor, image, question, *sliders],
         outputs,
-        **one_by_one,
+        **by_itself,
     )
-    whole.click(step(compare), [session, image, *sliders], outputs, **one_by_one)
+    whole.click(step(compare), [visitor, image, *sliders], outputs, **by_itself)
     for slider in sliders:
         slider.change(
             redraw,
-            [session, *sliders],
+            [visitor, *sliders],
             [parts["kept"], parts["pictures"]],
             show_progress="hidden",
             trigger_mode="always_last",
-            concurrency_limit=None,
-            api_visibility="private",
+            **by_itself,
         )

@@ -1,6 +1,8 @@
 """What one person shows and asks: an image, one look at it, and the answers over that look."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -203,6 +205,32 @@ class Session:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return perf_counter()
+
+
+@dataclass
+class Visitor:
+    """Who comes to the page: a session, from the first step on, and where its image was sent to.
+
+    Requests of a page may overtake one another, so each of them says which image it is about.
+    """
+
+    session: Session | None = None
+    path: str | None = None
+
+    def session_at(self, path: str | None, open_session: Callable[[], Session]) -> Session:
+        """The session, showing the image of a file.
+
+        Raises:
+            ValueError: when it is not a readable image or too large; the session shows none then.
+            OSError: when the file cannot be read.
+        """
+        if self.session is None:
+            self.session = open_session()
+        if path != self.path:
+            self.path = path
+            self.session.show(None)
+            self.session.show(None if path is None else Path(path).read_bytes())
+        return self.session
 
 
 def _on_cpu(record: GlimpseRecord) -> GlimpseRecord:

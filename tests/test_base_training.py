@@ -318,3 +318,9 @@ def test_accuracy_hears_the_longest_answers_out(processor, kind):
 def test_a_recipe_with_an_unknown_source_is_refused():
     with pytest.raises(ValueError, match="sounds"):
         Stage("x", "sounds", 1, 1, ((4, 4),))
+
+
+def test_questions_that_no_page_has_are_not_looked_for_without_end():
+    questions = held_out_questions("test", 0, PageSettings(), (4, 4), "neighbour")
+    with pytest.raises(ValueError, match="pages of 4x4 tokens have no question of kind 'neighbour"):
+        next(questions)

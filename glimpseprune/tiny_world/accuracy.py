@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,8 @@ from .pages import Page, PageSettings, Question, draw_page, make_page, page_gene
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+MOST_PAGES_WITHOUT = 1000  # a question, before it is called impossible
+
 
 def held_out_questions(
     split: str,
@@ -24,14 +26,21 @@ def held_out_questions(
     kind: str = "value",
     questions_a_page: int = 8,
 ) -> Iterator[tuple[Page, Question]]:
-    """Questions of a kind about page after page of a split, without end."""
-    index = 0
-    while True:
+    """Questions of a kind about page after page of a split, without end.
+
+    Raises:
+        ValueError: when page after page has no such question, as neighbours on pages of one slot.
+    """
+    asked = 0
+    for index in count():
         generator = page_generator(seed, split, index)
         page = make_page(generator, split, settings, grid)
         for question in ask(page, kind, questions_a_page, generator):
             yield page, question
-        index += 1
+            asked += 1
+        if not asked and index == MOST_PAGES_WITHOUT:
+            rows, columns = grid
+            raise ValueError(f"pages of {rows}x{columns} tokens have no question of kind {kind!r}")
 
 
 @torch.inference_mode()

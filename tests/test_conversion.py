@@ -7,7 +7,6 @@ ones: flat configuration, old tensor names, byte-level tokenizer, pickle of adde
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -24,9 +23,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from conversion import repository
 from conversion.convert_official import convert, convert_config, main
-from conversion.convert_stage2 import main as convert_stage2
 from glimpseprune.hub.shards import ConversionError
-from glimpseprune.loading import TINY_MODEL
 from modeling_glimpseprune.modeling_qwen2_5_vl import (
     GlimpsePruneQwen2_5_VLForConditionalGeneration,
 )
@@ -408,11 +405,12 @@ def run_outside(*arguments: object, **environment: str) -> CompletedProcess:
 
 
 @pytest.mark.newest
-def test_sources_may_be_relative_paths(tmp_path, monkeypatch, capsys):
-    shutil.copytree(TINY_MODEL, tmp_path / "tiny")
+def test_sources_may_be_relative_paths(base, official, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert convert_stage2(["--merged", "tiny", "--stage1", "tiny", "--output", "out"]) == 0
-    assert capsys.readouterr().out == "wrote out, verified\n"
+    sources = (os.path.relpath(source, tmp_path) for source in (base, official))
+    arguments = zip(("--base", "--glimpse", "--output"), (*sources, "out"), strict=True)
+    assert main([part for pair in arguments for part in pair]) == 0
+    assert "wrote out, verified" in capsys.readouterr().out
 
 
 def test_repository_loads_where_the_code_is_unknown(tmp_path, official):

@@ -16,9 +16,10 @@ from glimpseprune.tiny_world.accuracy import (
     held_out_questions,
 )
 from glimpseprune.tiny_world.asking import ask
+from glimpseprune.tiny_world.cards import entry_tokens
 from glimpseprune.tiny_world.forward import answer_figures, packed_hidden_states
 from glimpseprune.tiny_world.model import fresh_base
-from glimpseprune.tiny_world.packing import Packer
+from glimpseprune.tiny_world.packing import Packer, misspell
 from glimpseprune.tiny_world.pages import (
     KINDS,
     PageSettings,
@@ -94,6 +95,38 @@ def test_blind_questions_do_not_see_the_image_but_the_rest_does(processor):
         assert sees_image[places[first_label:]].all()
         assert sees_image[places[:first_label]].any() == (block == 1)
     assert blind.visible[0, 0][:, ~image].equal(open_eyes.visible[0, 0][:, ~image])
+
+
+def test_letters_said_so_far_are_misspelled_and_nothing_else_is(processor):
+    generator = page_generator(0, "train", 0)
+    page = make_page(generator, "train", PageSettings(), (12, 12))
+    questions = [[*ask(page, "neighbour", 4, generator), *ask(page, "value", 4, generator)]]
+    letters = torch.tensor(entry_tokens(processor.tokenizer)[0])
+    right, wrong = (Packer(processor).pack((12, 12), questions) for _ in range(2))
+    said = sum(len(question.answer) for question in questions[0] if question.kind == "neighbour")
+    misspell(wrong, letters, 1.0, torch.Generator().manual_seed(0))
+    changed = right.input_ids != wrong.input_ids
+    assert said // 2 < changed.sum() <= said  # a letter may be drawn anew
+    assert torch.isin(wrong.input_ids[changed], letters).all()
+    assert (right.labels.roll(1, 1)[changed] == right.input_ids[changed]).all()
+    assert (right.block[changed] <= 4).all() and right.labels.equal(wrong.labels)
+    half = Packer(processor).pack((12, 12), questions)
+    misspell(half, letters, 0.5, torch.Generator().manual_seed(0))
+    assert 0 < (right.input_ids != half.input_ids).sum() < changed.sum()
+
+
+def test_letters_ahead_are_part_of_the_loss(tmp_path, processor):
+    shared = {"kinds": {"neighbour": 1.0}, "misspelled": 0.5, "ahead_layer": 1}
+    losses = []
+    for weight in (0.0, 0.5):
+        stage = Stage("x", "cards", 1, 64, ((8, 8),), ahead_weight=weight, **shared)
+        recipe = Recipe((stage,), decoder={"num_hidden_layers": 2})
+        trainer = BaseTrainer(recipe, processor, tmp_path, 0)
+        figures = trainer._train_step(stage, 0)
+        losses.append(figures["loss"])
+        assert ("ahead_loss" in figures) == (weight > 0)
+    # The figures are rounded to four digits.
+    assert losses[1] - losses[0] == pytest.approx(0.5 * figures["ahead_loss"], abs=2e-4)
 
 
 @pytest.mark.parametrize(("fields", "asked"), [({}, (8, 8)), ({"questions_a_step": 6}, (3, 6))])

@@ -10,7 +10,7 @@ from glimpseprune.cli import main
 from glimpseprune.tiny_world.accuracy import chat_prompt, held_out_questions
 from glimpseprune.tiny_world.asking import LONGEST_LIST, ask
 from glimpseprune.tiny_world.cards import card_targets, character_targets
-from glimpseprune.tiny_world.links import LinkHead, link_targets
+from glimpseprune.tiny_world.links import AheadHead, LinkHead, link_targets
 from glimpseprune.tiny_world.pages import (
     KINDS,
     LETTERS,
@@ -215,6 +215,25 @@ def test_the_link_head_hears_the_letters_that_a_state_says():
     assert swapped["left_accuracy"] == 0.5 and swapped["link_loss"] > said["link_loss"]
     (letter,) = torch.autograd.grad(said["link_loss"], head.bias)
     assert letter.any()
+
+
+def test_the_letter_after_the_next_is_read_where_a_key_begins():
+    vectors = torch.randn(24, 192, generator=torch.Generator().manual_seed(0))
+    letters = torch.arange(100, 124)
+    head = AheadHead(vectors, letters, seed=0)
+    # a value and its end; a key and its end; two keys with a comma between them
+    labels = torch.tensor(
+        [[-100, 7, 8, 1, -100], [101, 102, 1, -100, -100], [103, 104, 2, 105, 106]]
+    )
+    states = torch.randn(3, 5, 192, generator=torch.Generator().manual_seed(1))
+    for row, place, letter in ((1, 0, 2), (2, 0, 4), (2, 3, 6)):
+        states[row, place] = head.codes[letter]
+    told = head.figures(states, labels)
+    assert told["ahead_accuracy"] == 1 and told["ahead_loss"] < 0.1
+    moved = head.figures(states.roll(1, 1), labels)
+    assert moved["ahead_accuracy"] < 1 and moved["ahead_loss"] > 1
+    none = head.figures(states[:1], labels[:1])
+    assert none == {"ahead_loss": 0} and not list(head.parameters())
 
 
 def test_make_pages_writes_what_datasets_reads(tmp_path, capsys):

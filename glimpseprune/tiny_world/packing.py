@@ -104,6 +104,22 @@ def _blind_every_other(packed: PackedBatch, image: torch.Tensor) -> None:
     packed.visible[:, 0] &= ~hidden
 
 
+def misspell(
+    packed: PackedBatch, letters: torch.Tensor, share: float, generator: torch.Generator
+) -> None:
+    """Replace a share of the letters that answers have said so far by random ones, in place.
+
+    What is to be said stays. So the second letter of a key has to be read where the question
+    leads, for the first one said leads nowhere. `letters` are the tokens to choose from.
+    """
+    said = torch.zeros_like(packed.block, dtype=torch.bool)
+    said[:, 1:] = packed.labels[:, :-1] == packed.input_ids[:, 1:]
+    said &= torch.isin(packed.input_ids, letters)
+    wrong = said & (torch.rand(said.shape, generator=generator) < share)
+    drawn = torch.randint(len(letters), (int(wrong.sum()),), generator=generator)
+    packed.input_ids[wrong] = letters[drawn]
+
+
 def _start_positions(before: int, grid: tuple[int, int]) -> np.ndarray:
     """Rotary positions `(3, length)` of `before` tokens, the image and the image's end."""
     text = np.tile(np.arange(before), (3, 1))

@@ -31,7 +31,10 @@ class Stage:
     training ends with 0, for a finished model sees everything. `freeze_vision` leaves the vision
     encoder be. `link_weight` is that of the loss on which label lies on the left of another (see
     `links`), read off the visual tokens after the decoder layer `link_layer`. `by_question` lets
-    each question count alike in the answers' loss, not each token.
+    each question count alike in the answers' loss, not each token. `misspelled` is the share of the
+    letters said so far in answers that are replaced by random ones (see `packing.misspell`).
+    `ahead_weight` is that of the loss on the second letter of a key where the first is to be said
+    (see `links.AheadHead`), read off the states after the decoder layer `ahead_layer`.
     """
 
     name: str
@@ -57,6 +60,9 @@ class Stage:
     link_weight: float = 0.0
     link_layer: int = 0
     by_question: bool = False
+    misspelled: float = 0.0
+    ahead_weight: float = 0.0
+    ahead_layer: int = 0
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

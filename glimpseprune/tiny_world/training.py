@@ -22,10 +22,10 @@ from .accuracy import generation_accuracy
 from .asking import ask
 from .cards import CardCodes, PageHeads, card_targets, character_targets, entry_tokens
 from .forward import answer_figures, kept_states
-from .links import LinkHead, link_targets
+from .links import AheadHead, LinkHead, link_targets
 from .model import CODE_SCALE, fresh_base, save_base
 from .optimisers import optimisers_of
-from .packing import PackedBatch, Packer
+from .packing import PackedBatch, Packer, misspell
 from .pages import (
     KINDS,
     Page,
@@ -78,7 +78,9 @@ class BaseTrainer:
         entries = entry_tokens(processor.tokenizer)
         self.codes = CardCodes(embeddings, entries, seed)
         self.heads = PageHeads(width, self.codes, seed)
+        self.letters = torch.tensor(entries[0])
         self.links = LinkHead(embeddings[entries[0]], seed)
+        self.ahead = AheadHead(embeddings[entries[0]], self.letters, seed)
         self.packer = Packer(processor)
         self.optimisers = optimisers_of(
             self.model, [*self.heads.parameters(), *self.links.parameters()], recipe
@@ -238,15 +240,22 @@ class BaseTrainer:
     ) -> PackedBatch | None:
         if stage.source == "images":
             return None
-        return self.packer.pack(grid, questions, stage.form, stage.blind)
+        packed = self.packer.pack(grid, questions, stage.form, stage.blind)
+        if stage.misspelled:
+            misspell(packed, self.letters, stage.misspelled, self._noise())
+        return packed
+
+    def _noise(self) -> torch.Generator:
+        """What noise of this step is drawn from."""
+        return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
 
     def _figures(self, stage: Stage, batch: Batch) -> dict[str, torch.Tensor]:
         """Losses and accuracies of a batch; `loss` is their weighted sum."""
         figures: dict[str, torch.Tensor] = {}
         if batch.patches is None:
             tokens = self.codes(batch.cards)
-            noise = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
-            tokens = tokens + stage.code_noise * torch.randn(tokens.shape, generator=noise)
+            noise = torch.randn(tokens.shape, generator=self._noise())
+            tokens = tokens + stage.code_noise * noise
             loss = tokens.new_zeros(())
         else:
             with torch.set_grad_enabled(not stage.freeze_vision):
@@ -258,7 +267,8 @@ class BaseTrainer:
             loss = loss + stage.code_weight * figures["code_loss"] / CODE_SCALE**2
         if batch.packed is not None:
             layer = self.model.model.language_model.layers[stage.link_layer]
-            with kept_states(layer) as states:
+            upper = self.model.model.language_model.layers[stage.ahead_layer]
+            with kept_states(layer) as states, kept_states(upper) as upper_states:
                 answers = answer_figures(
                     self.model,
                     batch.packed,
@@ -269,6 +279,9 @@ class BaseTrainer:
                 )
             figures |= answers
             loss = loss + answers["answer_loss"]
+            if stage.ahead_weight:
+                figures |= self.ahead.figures(upper_states[0], batch.packed.labels)
+                loss = loss + stage.ahead_weight * figures["ahead_loss"]
             if stage.link_weight:
                 image = batch.packed.input_ids == self.model.config.image_token_id
                 figures |= self.links.figures(states[0][image], batch.links)

@@ -16,7 +16,8 @@ from glimpseprune.tiny_world.training import LOG_FILE
 
 EVERY = 40
 OF_KIND = "accuracy_of_"
-SHOWN = ("accuracy", "answer_loss", "left_accuracy", "link_loss")
+OF_PARTS = {"left": "left_accuracy", "ahead": "ahead_accuracy"}
+SHOWN = ("accuracy", "answer_loss", "link_loss", "ahead_loss", *OF_PARTS.values())
 
 
 def main() -> None:
@@ -64,14 +65,16 @@ def means(window: Iterable[dict]) -> dict[str, float]:
 
 
 def table(points: Sequence[dict]) -> str:
-    """A Markdown table: accuracies by kind at each stage's end."""
-    kinds = [kind for kind in KINDS if any(OF_KIND + kind in point for point in points)]
-    lines = ["| stage | up to step | " + " | ".join(kinds) + " | left |"]
-    lines.append("|---" * (len(kinds) + 3) + "|")
+    """A Markdown table: accuracies at each stage's end, by kind and of what states are to hold."""
+    columns = {kind: OF_KIND + kind for kind in KINDS} | OF_PARTS
+    columns = {
+        title: name for title, name in columns.items() if any(name in point for point in points)
+    }
+    lines = ["| stage | up to step | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
     last_of = {point["stage"]: point for point in points}
     for stage, point in last_of.items():
-        names = [*(OF_KIND + kind for kind in kinds), "left_accuracy"]
-        cells = ("" if name not in point else f"{point[name]:.2f}" for name in names)
+        cells = (f"{point[name]:.2f}" if name in point else "" for name in columns.values())
         lines.append(f"| {stage} | {point['step']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -348,9 +348,22 @@ def test_accuracy_hears_the_longest_answers_out(processor, kind):
     assert answers == [question.answer]
 
 
-def test_a_recipe_with_an_unknown_source_is_refused():
-    with pytest.raises(ValueError, match="sounds"):
-        Stage("x", "sounds", 1, 1, ((4, 4),))
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"source": "sounds"}, "sounds"),
+        ({"steps": 0}, "steps must be at least 1 in stage 'x'"),
+        ({"questions": 0}, "questions must be at least 1"),
+        ({"questions_a_step": -1}, "questions_a_step must be at least 0"),
+        ({"link_weight": -0.5}, "link_weight must be at least 0"),
+        ({"misspelled": 1.5}, "misspelled must be at most 1"),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused(fields, sentence):
+    stage = {"name": "x", "source": "both", "steps": 1, "tokens": 1, "grids": ((4, 4),)}
+    Stage(**stage)
+    with pytest.raises(ValueError, match=sentence):
+        Stage(**stage | fields)
 
 
 def test_questions_that_no_page_has_are_not_looked_for_without_end():

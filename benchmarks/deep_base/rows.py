@@ -5,8 +5,8 @@
 prints the tables of a file that `python -m benchmarks.deep_base` wrote.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,4 +168,6 @@ def _cell(figures: dict, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path)
+    print(tables(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))))

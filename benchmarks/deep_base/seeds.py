@@ -5,8 +5,8 @@
 prints one table of files that `python -m benchmarks.deep_base` wrote of the same questions.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,4 +54,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(table([json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    files = parser.parse_args().files
+    print(table([json.loads(path.read_text(encoding="utf-8")) for path in files]))

@@ -67,8 +67,12 @@ class Stage:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source: {self.source!r} is not one of {SOURCES}")
-        if self.steps < 1 or self.tokens < 1:
-            raise ValueError(f"steps and tokens must be positive in stage {self.name!r}")
+        for name, value in vars(self).items():
+            least = 1 if name in ("steps", "tokens", "questions") else 0
+            if isinstance(value, int | float) and value < least:
+                raise ValueError(f"{name} must be at least {least} in stage {self.name!r}")
+        if self.misspelled > 1:
+            raise ValueError(f"misspelled must be at most 1 in stage {self.name!r}")
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,10 @@ def test_questions_are_answered_over_one_look(session, settings, runs):
     ("threshold", "cap"), [(0.002, 1.0), (0.0, 1.0), (0.3, 1.0), (1.0, 1.0), (0.002, 0.03)]
 )
 def test_a_redraw_keeps_what_the_model_keeps(tiny, session, settings, runs, threshold, cap):
-    session.ask(SAMPLE_QUESTION, settings)
+    answer = session.ask(SAMPLE_QUESTION, settings)
     moved = Settings(threshold, cap, settings.prune_layer)
     before = list(runs)
-    chosen = session.chosen(moved)
+    chosen = session.chosen(answer, moved)
     assert runs == before
     assert torch.equal(chosen.keep_mask, mask_of_model(tiny, moved))
     assert session.ask(SAMPLE_QUESTION, moved).record.kept == chosen.kept
@@ -113,9 +113,9 @@ def test_a_redraw_keeps_what_the_model_keeps(tiny, session, settings, runs, thre
 
 def test_a_redraw_keeps_anchored_corners(tiny, session, settings, monkeypatch):
     monkeypatch.setattr(tiny[0].config, "anchor_corners", ["top_left", "bottom_right"])
-    session.ask(SAMPLE_QUESTION, settings)
+    answer = session.ask(SAMPLE_QUESTION, settings)
     moved = Settings(0.9, 1.0, settings.prune_layer)
-    chosen = session.chosen(moved)
+    chosen = session.chosen(answer, moved)
     assert chosen.keep_mask[[0, -1]].all() and chosen.kept < TOTAL
     assert torch.equal(chosen.keep_mask, mask_of_model(tiny, moved))
 
@@ -164,7 +164,7 @@ def test_another_image_frees_what_was_seen(session, settings):
     session.show(image_file(Image.new("RGB", (112, 56), "red")))
     gc.collect()
     assert states() is None and session.prefix is None
-    assert session.answers == [] and session.chosen(settings) is None
+    assert session.answers == []
     assert session.ask("What is this?", settings).record.total == 8
     session.show(None)
     assert session.image is None and session.prefix is None
@@ -175,7 +175,9 @@ def test_images_are_turned_as_cameras_say(tiny):
     exif[0x0112] = 6
     session = Session(*tiny)
     session.show(image_file(Image.new("RGB", (80, 40)), "JPEG", exif=exif))
-    assert session.image.size == (40, 80) and session.seen_part().size == (40, 80)
+    assert session.image.size == (40, 80)
+    answer = session.ask("What is this?", Settings.of_model(tiny[0].config))
+    assert answer.seen.size == (40, 80)
 
 
 def test_sessions_do_not_disturb_each_other(tiny, session, settings):
@@ -283,6 +285,19 @@ def test_a_redraw_says_what_it_is(session, settings):
     other_layer, same_pictures = redrawn(session, Settings(settings.prune_threshold, 1.0, 0))
     assert "Of prune layer 0 the scores at hand say nothing" in other_layer
     assert same_pictures == pictures
+
+
+def test_a_redraw_while_another_image_is_chosen(session, settings, monkeypatch):
+    session.ask(SAMPLE_QUESTION, settings)
+    before, choose = redrawn(session, settings), session.chosen
+
+    def chosen(*arguments):
+        session.show(None)
+        return choose(*arguments)
+
+    monkeypatch.setattr(session, "chosen", chosen)
+    assert redrawn(session, settings) == before
+    assert redrawn(session, settings) == ("", "")
 
 
 def test_what_people_write_is_escaped(session, settings):

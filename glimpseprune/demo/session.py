@@ -49,12 +49,14 @@ class Answer:
     """An answer over the look at an image.
 
     Attributes:
+        seen: what the visual tokens cover of the image, which some processors cut or pad.
         settings: it was asked with.
         record: scores and masks, on the CPU.
         seconds: from the question to the end of the answer, the look left out.
         seconds_of_look: what the look took.
     """
 
+    seen: Image.Image
     question: str
     text: str
     settings: Settings
@@ -136,7 +138,8 @@ class Session:
         )
         seconds = self._now() - start
         record = _on_cpu(cache.glimpse)
-        answer = Answer(question, text, settings, record, seconds, self.seconds_of_look)
+        times = seconds, self.seconds_of_look
+        answer = Answer(self._seen_part(), question, text, settings, record, *times)
         self.answers.append(answer)
         self.whole = None
         return answer
@@ -156,14 +159,12 @@ class Session:
         self.whole = WholeAnswer(text, self._now() - start)
         return self.whole
 
-    def chosen(self, settings: Settings) -> GlimpseRecord | None:
-        """What the latest question would keep with other settings, without running the model.
+    def chosen(self, answer: Answer, settings: Settings) -> GlimpseRecord:
+        """What a question would keep with other settings, without running the model.
 
         It is what the model keeps, but for another prune layer, of which the scores say nothing.
         """
-        if not self.answers:
-            return None
-        record, config = self.answers[-1].record, self.model.config
+        record, config = answer.record, self.model.config
         keep = select_visual_tokens(
             record.importance,
             record.rows,
@@ -175,8 +176,7 @@ class Session:
         keep |= corner_tokens(record.geometry, config.anchor_corners)
         return replace(record, keep_mask=keep)
 
-    def seen_part(self) -> Image.Image:
-        """What the visual tokens cover of the image, which some processors cut or pad."""
+    def _seen_part(self) -> Image.Image:
         box = self.processor.visible_box(self.image.width, self.image.height)
         return self.image.crop(tuple(map(round, box)))
 

@@ -46,10 +46,11 @@ def shown(session: Session, settings: Settings, trouble: str = "") -> Shown:
 
 def redrawn(session: Session, settings: Settings) -> tuple[str, str]:
     """How many tokens some settings keep, and which: what moves with the sliders."""
-    chosen = session.chosen(settings)
-    if chosen is None:
+    answers = session.answers  # read once: another request may show another image meanwhile
+    if not answers:
         return "", ""
-    answer = session.answers[-1]
+    answer = answers[-1]
+    chosen = session.chosen(answer, settings)
     lines = [f"<strong>{_counts(chosen)}</strong> are kept."]
     if settings.prune_layer != answer.settings.prune_layer:
         lines.append(
@@ -61,7 +62,7 @@ def redrawn(session: Session, settings: Settings) -> tuple[str, str]:
             "Drawn from the scores, the model was not run again: "
             f"the answer saw {answer.record.kept}."
         )
-    return _paragraph(" ".join(lines)), _pictures(session.seen_part(), chosen)
+    return _paragraph(" ".join(lines)), _pictures(answer.seen, chosen)
 
 
 def trouble_of(error: Exception) -> str:

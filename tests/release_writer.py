@@ -10,7 +10,7 @@ from pathlib import Path
 
 import llava_base
 import numpy as np
-import test_conversion
+import official_checkpoint
 import torch
 from conftest import FAMILIES
 
@@ -30,8 +30,8 @@ def write_all(folder: Path) -> None:
         classes = FAMILIES[name]
         base = folder / f"{name}-base"
         if name == "qwen2_5_vl":
-            test_conversion.write_base(base)
-            official = test_conversion.write_official(folder / "official")
+            official_checkpoint.write_base(base)
+            official = official_checkpoint.write_official(folder / "official")
             convert(base, official, folder / f"{name}-converted")
         else:
             models = llava_base.build_base(name)

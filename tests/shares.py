@@ -63,6 +63,7 @@ SHARED_OUT = {
     "test_before_encoder",
     "test_configuration",
     "test_conversion",
+    "test_conversion_refusals",
     "test_golden",
     "test_invariants",
     "test_llava",

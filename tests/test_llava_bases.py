@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import FAMILIES, Models
 from llava_base import PROMPTS, build_base, expected_ids, glimpse_of, write_base
+from official_checkpoint import write_base as write_qwen_base
+from official_checkpoint import write_official
 from safetensors.torch import load_file, save_file
-from test_conversion import write_base as write_qwen_base
-from test_conversion import write_official
 
 from conversion import processor_files
 from conversion.convert_official import convert

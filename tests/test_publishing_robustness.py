@@ -88,7 +88,7 @@ def write_sparse_base(folder: Path) -> int:
 
 def write_big_official(folder: Path, base: Path) -> None:
     """An official checkpoint of zeros for that base."""
-    from test_conversion import OFFICIAL_FIELDS
+    from official_checkpoint import OFFICIAL_FIELDS
 
     folder.mkdir()
     fields = OFFICIAL_FIELDS | {

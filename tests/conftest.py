@@ -40,6 +40,8 @@ from glimpseprune.families import LLAVA, LLAVA_NEXT, QWEN2_5_VL, QWEN3_VL, Famil
 from glimpseprune.training.base import load_for_training
 from glimpseprune.training.stage1 import train_stage1
 
+pytest.register_assert_rewrite("generation_checks")  # so that a failure shows values
+
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PAD_TOKEN, VOCABULARY = 0, 200
 FIRST_SPECIAL_TOKEN = 190  # text tokens are 1..189

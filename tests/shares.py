@@ -84,6 +84,7 @@ SHARED_OUT = {
     "test_stock_contract",
     "test_stock_contract_generation",
     "test_stock_contract_weights",
+    "test_training_forward",
     "test_trl_trainers",
 }
 

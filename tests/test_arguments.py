@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES
-from reference import positions
-from test_invariants import (
+from generation_checks import (
     assert_near,
     assert_same_output,
     completion_of,
-    family,  # noqa: F401
     generate,
     step_logits,
 )
+from generation_prompts import family  # noqa: F401 (a fixture)
+from reference import positions
 from test_turns import follow
 from transformers import DynamicCache, GenerationMixin, Trainer, TrainingArguments
 

@@ -6,11 +6,13 @@ from itertools import count
 import pytest
 import torch
 from conftest import FIRST_SPECIAL_TOKEN, IMAGE_TOKEN, Batch
-from generation_prompts import ONE
-from test_invariants import (
+from generation_checks import (
     assert_same_output,
-    family,  # noqa: F401
     generate,
+)
+from generation_prompts import (
+    ONE,
+    family,  # noqa: F401 (a fixture)
 )
 from test_turns import TURNS, follow
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator

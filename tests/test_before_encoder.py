@@ -8,9 +8,14 @@ import pytest
 import torch
 from conftest import MERGE, PATCH, TEMPORAL_PATCH, build_batch, build_models, has_windows
 from encoder_reference import encode_slowly
+from generation_checks import (
+    assert_near,
+    generate,
+    step_logits,
+    threshold_that_keeps,
+)
 from generation_prompts import random_keep
 from reference import allowed_attention, attention_restricted_to, positions
-from test_invariants import assert_near, generate, step_logits, threshold_that_keeps
 from test_prefix import assert_equals_fresh, laid_out
 from test_turns import conversation, follow
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD

@@ -10,15 +10,20 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from conftest import build_config_fields
-from generation_prompts import ONE, QWEN_ONLY, RAGGED, random_keep
-from test_invariants import (
+from generation_checks import (
     assert_equals_reference,
     assert_near,
     assert_same_output,
-    family,  # noqa: F401
     generate,
     gradients_of,
     training_inputs,
+)
+from generation_prompts import (
+    ONE,
+    QWEN_ONLY,
+    RAGGED,
+    family,  # noqa: F401 (a fixture)
+    random_keep,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache

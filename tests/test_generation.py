@@ -8,7 +8,22 @@ import copy
 import pytest
 import torch
 from conftest import FIRST_SPECIAL_TOKEN, Batch, Models
-from generation_prompts import ONE, RAGGED, random_keep
+from generation_checks import (
+    assert_equals_reference,
+    assert_near,
+    assert_same_output,
+    completion_of,
+    generate,
+    step_logits,
+    training_inputs,
+)
+from generation_prompts import (
+    ONE,
+    PROMPTS,
+    RAGGED,
+    family,  # noqa: F401 (a fixture)
+    random_keep,
+)
 from reference import (
     PIXEL_INPUTS,
     allowed_attention,
@@ -16,17 +31,6 @@ from reference import (
     dropped_positions,
     positions,
     run_hidden,
-)
-from test_invariants import (
-    PROMPTS,
-    assert_equals_reference,
-    assert_near,
-    assert_same_output,
-    completion_of,
-    family,  # noqa: F401
-    generate,
-    step_logits,
-    training_inputs,
 )
 
 from modeling_glimpseprune.stock import cache_of

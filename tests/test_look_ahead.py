@@ -10,20 +10,22 @@ import pytest
 import torch
 from conftest import Batch, Models, counts_from_ids, has_windows, sees_videos
 from double_precision import as_double, in_double_precision
-from look_ahead_reference import Corrections, Earlier, score_ahead
-from random_cases import random_cases
-from test_invariants import (
-    FAMILY_NAMES,
-    GLIMPSE_VARIANTS,
+from generation_checks import (
     assert_cache_equals,
     assert_near,
     assert_same_output,
     completion_of,
     generate,
-    random_prompts,
     step_logits,
     threshold_that_keeps,
 )
+from generation_prompts import (
+    FAMILY_NAMES,
+    GLIMPSE_VARIANTS,
+    random_prompts,
+)
+from look_ahead_reference import Corrections, Earlier, score_ahead
+from random_cases import random_cases
 
 from modeling_glimpseprune.prune_request import PruneRequest
 from modeling_glimpseprune.stock import cache_of, given_cache

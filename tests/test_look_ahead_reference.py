@@ -3,6 +3,13 @@
 import pytest
 import torch
 from conftest import Models, has_windows
+from generation_checks import (
+    assert_near,
+)
+from generation_prompts import (
+    FAMILY_NAMES,
+    GLIMPSE_VARIANTS,
+)
 from look_ahead_reference import (
     Corrections,
     attention_ahead,
@@ -10,7 +17,6 @@ from look_ahead_reference import (
     start_sequence,
 )
 from reference import positions, score_slowly, visual_positions, weights_of
-from test_invariants import FAMILY_NAMES, GLIMPSE_VARIANTS, assert_near
 
 LAYERS, GLIMPSE_LAYER = 5, 3
 PARTS = [2, (2, 3), 1, (3, 1), 3]

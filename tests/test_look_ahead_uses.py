@@ -9,14 +9,7 @@ import random
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, Models, sees_videos
-from generation_prompts import ONE, RAGGED, random_keep
-from look_ahead_reference import Earlier, score_ahead
-from random_cases import random_cases
-from reference import run_hidden, select_slowly
-from test_deployment import NoStream, flash_attention_in_words
-from test_invariants import (
-    FAMILY_NAMES,
-    PROMPTS,
+from generation_checks import (
     assert_equals_reference,
     assert_near,
     assert_same_output,
@@ -25,13 +18,24 @@ from test_invariants import (
     generate,
     gradients_of,
     hidden_loss,
-    random_mask,
-    random_prompts,
     second_turn,
     step_logits,
     threshold_that_keeps,
     training_inputs,
 )
+from generation_prompts import (
+    FAMILY_NAMES,
+    ONE,
+    PROMPTS,
+    RAGGED,
+    random_keep,
+    random_mask,
+    random_prompts,
+)
+from look_ahead_reference import Earlier, score_ahead
+from random_cases import random_cases
+from reference import run_hidden, select_slowly
+from test_deployment import NoStream, flash_attention_in_words
 from test_look_ahead import assert_scores_equal_the_reference, corrections_of
 from test_soft_mask import hard_log_keep
 from test_turns import (
@@ -452,7 +456,7 @@ def test_training_gradients_equal_hidden(build_models, build_batch, own_choice, 
     found = gradients_of(model)
     for name, expected in gradients_of(models.stock).items():
         if expected is None or "vision_tower" in name and name.endswith("k_proj.bias"):
-            continue  # see the test of the same name in test_invariants.py
+            continue  # see the test of the same name in test_training_forward.py
         scale = expected.abs().max().item()
         torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-3 * scale, msg=name)
     for name, gradient in found.items():

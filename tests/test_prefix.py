@@ -6,13 +6,15 @@ import pytest
 import torch
 from conftest import LOOK_LAYER as GLIMPSE_LAYER
 from conftest import Batch, pad_together, sees_videos
-from generation_prompts import random_keep
-from test_invariants import (
-    FAMILY_NAMES,
+from generation_checks import (
     assert_near,
     generate,
-    random_prompts,
     threshold_that_keeps,
+)
+from generation_prompts import (
+    FAMILY_NAMES,
+    random_keep,
+    random_prompts,
 )
 
 from modeling_glimpseprune.glimpse_prefix import GlimpsePrefix

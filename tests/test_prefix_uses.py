@@ -9,8 +9,11 @@ import torch
 from conftest import LOOK_LAYER as GLIMPSE_LAYER
 from conftest import pad_together
 from double_precision import as_double, in_double_precision
+from generation_checks import (
+    assert_near,
+    generate,
+)
 from generation_prompts import random_keep
-from test_invariants import assert_near, generate
 from test_prefix import (
     ATOL,
     asked,

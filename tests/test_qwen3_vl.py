@@ -9,6 +9,10 @@ import torch
 import transformers
 from conftest import IMAGE_TOKEN, TRANSFORMERS_5, build_batch, build_models
 from fresh_process import run_fresh
+from generation_checks import (
+    assert_near,
+    generate,
+)
 from PIL import Image
 from qwen3_prompts import write_qwen3_base
 from reference import added_between_layers
@@ -21,7 +25,6 @@ from stage1_data import (
     trainer_that_learns,
     write_data,
 )
-from test_invariants import assert_near, generate
 from test_llava import FRESH_PROCESS
 
 from conversion.convert_stage1 import main as convert_stage1

@@ -6,7 +6,13 @@ What comes back from a call, and how it may be made, is in `test_stock_contract.
 import pytest
 import torch
 from conftest import Batch, counts_from_ids, pad_together
-from test_invariants import FAMILY_NAMES, assert_near, generate
+from generation_checks import (
+    assert_near,
+    generate,
+)
+from generation_prompts import (
+    FAMILY_NAMES,
+)
 
 from modeling_glimpseprune.row_boundaries import AlignedRows, first_labelled
 from modeling_glimpseprune.stock import cache_of, given_cache

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from double_precision import as_double, in_double_precision
-from test_invariants import (
-    FAMILY_NAMES,
-    IMAGE_PROMPTS,
-    PROMPTS,
+from generation_checks import (
     assert_near,
     generate,
     training_inputs,
+)
+from generation_prompts import (
+    FAMILY_NAMES,
+    IMAGE_PROMPTS,
+    PROMPTS,
 )
 
 from glimpseprune.training.soft_mask import log_keep_probability

@@ -7,7 +7,12 @@ import inspect
 
 import pytest
 import torch
-from test_invariants import FAMILY_NAMES, assert_near
+from generation_checks import (
+    assert_near,
+)
+from generation_prompts import (
+    FAMILY_NAMES,
+)
 
 from modeling_glimpseprune.stock import CACHE_NAME, TRANSFORMERS_5
 

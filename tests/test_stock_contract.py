@@ -11,6 +11,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import FAMILIES, TEXT_INPUTS, build_batch
+from generation_checks import (
+    assert_near,
+)
 from stock_comparison import (
     MODES,
     UNPRUNED,
@@ -19,7 +22,6 @@ from stock_comparison import (
     compare,
     pair_of,
 )
-from test_invariants import assert_near
 from transformers import DynamicCache, StaticCache
 
 from modeling_glimpseprune.stock import ENCODES_FIRST, TRANSFORMERS_5, cache_of, given_cache

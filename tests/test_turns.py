@@ -8,21 +8,26 @@ import copy
 import pytest
 import torch
 from conftest import Batch, Models, pad_together
-from generation_prompts import ONE, QWEN_ONLY, RAGGED, random_keep
+from generation_checks import (
+    assert_equals_reference,
+    assert_near,
+    assert_same_output,
+    generate,
+    step_logits,
+)
+from generation_prompts import (
+    ONE,
+    QWEN_ONLY,
+    RAGGED,
+    family,  # noqa: F401 (a fixture)
+    random_keep,
+)
 from reference import (
     PIXEL_INPUTS,
     allowed_attention,
     attention_restricted_to,
     dropped_positions,
     positions,
-)
-from test_invariants import (
-    assert_equals_reference,
-    assert_near,
-    assert_same_output,
-    family,  # noqa: F401
-    generate,
-    step_logits,
 )
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer

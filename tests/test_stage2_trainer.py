@@ -31,6 +31,7 @@ from glimpseprune.loading import REPOSITORY
 from glimpseprune.package_files import find_recipe
 from glimpseprune.training import rewards
 from glimpseprune.training.base import load_for_training
+from glimpseprune.training.plus import train_plus
 from glimpseprune.training.recipe import read_recipe
 from glimpseprune.training.rollout import completion_logits, sample_completions
 from glimpseprune.training.run_plot import PLOT
@@ -373,9 +374,53 @@ def test_plus_runs_all_three_steps(
     near = torch.allclose(*moved, atol=1e-2)
     assert near == (into == "repository")
     with pytest.raises(ValueError, match="is not an empty folder"):
-        from glimpseprune.training.plus import train_plus
-
         train_plus(recipe, stage1, output)
+
+
+def without_boxes(data: Path, folder: Path) -> str:
+    """A copy of a file of questions, the first of which has no evidence."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[0]["bboxs"] = []
+    for row in rows:
+        row["image"] = str(data.parent / row["image"])
+    path = folder / "without_boxes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        ({"mask": "model"}, True),
+        ({"mask": "all"}, True),
+        ({"mask": "evidence"}, False),
+        ({"mask": "evidence", "learn_rows_without_boxes": True}, True),
+    ],
+)
+def test_questions_without_evidence(make_stage2_recipe, data, tmp_path, fields, taken):
+    """Boxes are needed where masks come from them, and nowhere else."""
+    settings = {"data": without_boxes(data, tmp_path), "training.max_steps": 1}
+    recipe = make_stage2_recipe(**settings, **fields)
+    if taken:
+        assert train_stage2(recipe)["steps"] == 1
+    else:
+        with pytest.raises(ValueError, match="line 1: bboxs is empty"):
+            train_stage2(recipe)
+
+
+def test_plus_refuses_first_what_stage_1_would(make_stage2_recipe, data, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("stage 2 ran")
+
+    monkeypatch.setattr("glimpseprune.training.plus.train_stage2", fail)
+    stage1, output = tmp_path / "stage1.yaml", tmp_path / "plus"
+    stage1.write_text("start_text: A\n")
+    recipe = make_stage2_recipe("unused", data=without_boxes(data, tmp_path))
+    with pytest.raises(ValueError, match="line 1: bboxs is empty"):
+        train_plus(recipe, stage1, output)
+    told = make_stage2_recipe("unused", data=recipe.data, learn_rows_without_boxes=True)
+    with pytest.raises(AssertionError, match="stage 2 ran"):
+        train_plus(told, stage1, output)
 
 
 def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):
@@ -393,7 +438,7 @@ def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name",
     ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "llava_1_5_7b"]
-    + ["tiny", "tiny_sampled"],
+    + ["tiny", "tiny_sampled", "tiny_deep"],
 )
 def test_recipes_can_be_read(name, tmp_path):
     path = REPOSITORY / "recipes" / f"stage2_{name}.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..hub.folders import check_vacant
 from .merging import merge_stage2
 from .recipe import read_recipe
-from .stage1 import train_stage1
+from .stage1 import read_questions, train_stage1
 from .stage1_config import Stage1Recipe
 from .stage2 import train_stage2
 from .stage2_config import Stage2Recipe
@@ -53,17 +53,20 @@ def train_plus(
         for folder in (adapter, merged):
             check_vacant(folder)
     stage2.output = str(adapter)
+    overrides = {"data": stage2.data, "image_folder": stage2.image_folder}
+    told = ("skip_rows_without_boxes", "learn_rows_without_boxes")
+    overrides |= {name: True for name in told if getattr(stage2, name)}
+    overrides |= dict(stage1_overrides or {})
+    recipe = read_recipe(
+        Stage1Recipe, stage1, overrides | {"base": str(merged), "output": str(output)}
+    )
     if not adapter.exists():
+        # What stage 1 would refuse is refused before anything is trained.
+        read_questions(recipe, recipe.training_config(), recipe.data)
         logger.info("stage 2: %s", adapter)
         train_stage2(stage2, resume)
     if not merged.exists():
         logger.info("merge: %s", merged)
         merge_stage2(str(adapter), merge_base or stage2.base, merged)
-    overrides = {"data": stage2.data, "image_folder": stage2.image_folder}
-    overrides |= {"skip_rows_without_boxes": stage2.skip_rows_without_boxes}
-    overrides |= dict(stage1_overrides or {})
-    recipe = read_recipe(
-        Stage1Recipe, stage1, overrides | {"base": str(merged), "output": str(output)}
-    )
     logger.info("stage 1: %s", output)
     return train_stage1(recipe, resume)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, set_seed
 
-from ..data.visual_cot import VisualCoTDataset, read_visual_cot
+from ..data.visual_cot import VisualCoTDataset, VisualCoTRow, read_visual_cot
 from ..data.visual_cot_collator import VisualCoTCollator
 from .base import config_for_training, load_for_training, start_glimpse_as
 from .checkpoints import checkpoint_to_resume
@@ -81,7 +81,12 @@ def train_stage1(recipe: Stage1Recipe, resume: bool = False) -> dict | None:
     return summary
 
 
-def _dataset(recipe: Stage1Recipe, config: Stage1Config, path: str) -> VisualCoTDataset:
+def read_questions(recipe: Stage1Recipe, config: Stage1Config, path: str) -> list[VisualCoTRow]:
+    """The questions of a recipe's file, with what its settings need.
+
+    Raises:
+        VisualCoTError, FileNotFoundError: as `read_visual_cot` does.
+    """
     rows = read_visual_cot(
         path,
         recipe.image_folder,
@@ -89,8 +94,11 @@ def _dataset(recipe: Stage1Recipe, config: Stage1Config, path: str) -> VisualCoT
         need_boxes=config.needs_boxes and not recipe.learn_rows_without_boxes,
         need_answers=config.needs_answers,
     )
-    if path == recipe.data:
-        rows = rows[: recipe.max_questions]
+    return rows[: recipe.max_questions] if path == recipe.data else rows
+
+
+def _dataset(recipe: Stage1Recipe, config: Stage1Config, path: str) -> VisualCoTDataset:
+    rows = read_questions(recipe, config, path)
     logger.info("%d questions in %s", len(rows), path)
     return VisualCoTDataset(rows, recipe.questions_per_image)
 

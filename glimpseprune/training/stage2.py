@@ -47,8 +47,12 @@ def train_stage2(recipe: Stage2Recipe, resume: bool = False) -> dict | None:
     config, lora = recipe.training_config(), Lora(**recipe.lora)
     checkpoint = checkpoint_to_resume(recipe, resume)
     rewards = build_rewards(recipe.rewards, recipe.judge)
-    questions = read_visual_cot(recipe.data, recipe.image_folder, recipe.skip_rows_without_boxes)
-    questions = questions[: recipe.max_questions]
+    questions = read_visual_cot(
+        recipe.data,
+        recipe.image_folder,
+        recipe.skip_rows_without_boxes,
+        need_boxes=recipe.mask == "evidence" and not recipe.learn_rows_without_boxes,
+    )[: recipe.max_questions]
     if not questions:
         raise ValueError(f"there are no questions to train on in {recipe.data}")
     logger.info("%d questions in %s", len(questions), recipe.data)

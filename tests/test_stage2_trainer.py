@@ -284,6 +284,7 @@ def test_a_loss_that_is_no_number_stops(make_stage2_recipe, monkeypatch):
         ({"base": ""}, "base is missing"),
         ({"training.num_generations": 3}, "num_generations"),
         ({"training.use_vllm": True}, "use_vllm: rollouts run through"),
+        ({"training.glimpse_learning_rate": 0.1}, "glimpse_learning_rate takes mask: sampled"),
     ],
 )
 def test_bad_recipes_end_in_a_sentence(make_stage2_recipe, capsys, overrides, message, tmp_path):

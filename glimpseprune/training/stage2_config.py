@@ -140,6 +140,8 @@ class Stage2Recipe(TrainingRecipe):
         check_known("lora", self.lora, (each.name for each in fields(Lora)))
         known = {each.name for each in fields(Stage2Config) if each.init}
         check_known("training", self.training, known - {"output_dir", "reward_weights"})
+        if self.mask != "sampled" and self.training.get("glimpse_learning_rate") is not None:
+            raise ValueError("glimpse_learning_rate takes mask: sampled, which trains the glimpse")
 
     def training_config(self) -> Stage2Config:
         """The trainer's settings.

@@ -354,6 +354,7 @@ def test_accuracy_hears_the_longest_answers_out(processor, kind):
         ({"source": "sounds"}, "sounds"),
         ({"steps": 0}, "steps must be at least 1 in stage 'x'"),
         ({"questions": 0}, "questions must be at least 1"),
+        ({"most_labels": 0}, "most_labels must be at least 1"),
         ({"questions_a_step": -1}, "questions_a_step must be at least 0"),
         ({"link_weight": -0.5}, "link_weight must be at least 0"),
         ({"misspelled": 1.5}, "misspelled must be at most 1"),

@@ -422,6 +422,9 @@ def test_plus_refuses_first_what_stage_1_would(make_stage2_recipe, data, tmp_pat
     told = make_stage2_recipe("unused", data=recipe.data, learn_rows_without_boxes=True)
     with pytest.raises(AssertionError, match="stage 2 ran"):
         train_plus(told, stage1, output)
+    stage1.write_text("start_text: A\nskip_rows_without_boxes: true\n")
+    with pytest.raises(AssertionError, match="stage 2 ran"):
+        train_plus(recipe, stage1, output)
 
 
 def test_merge_names_the_next_recipe(make_stage2_recipe, tmp_path, capsys):

@@ -68,7 +68,7 @@ class Stage:
         if self.source not in SOURCES:
             raise ValueError(f"source: {self.source!r} is not one of {SOURCES}")
         for name, value in vars(self).items():
-            least = 1 if name in ("steps", "tokens", "questions") else 0
+            least = 1 if name in ("steps", "tokens", "questions", "most_labels") else 0
             if isinstance(value, int | float) and value < least:
                 raise ValueError(f"{name} must be at least {least} in stage {self.name!r}")
         if self.misspelled > 1:
